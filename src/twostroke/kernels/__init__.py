@@ -1,0 +1,1 @@
+"""The op table and its backends. The forward pass in `models/` is written once against it."""

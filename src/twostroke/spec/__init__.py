@@ -1,0 +1,1 @@
+"""Facts: what a model, a weight format and a device are. Standard library only."""
