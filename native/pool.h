@@ -1,0 +1,50 @@
+// A pool of worker threads that run one function together (single program, many threads).
+//
+// Owns the threads. Inside `parallel` all threads run the same function and may meet at `barrier`.
+// Between calls the workers sleep; inside a call they spin briefly before they yield, because a
+// step has hundreds of barriers a few microseconds apart.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace twostroke {
+
+class ThreadPool {
+ public:
+  // `threads` includes the calling thread; at least 1.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs fn(thread, threads) on every thread, 0 being the caller; returns when all are done.
+  // Not reentrant, and to be called from one thread at a time.
+  void parallel(const std::function<void(int, int)>& fn);
+
+  // Waits until every thread of the running `parallel` call has reached its barrier.
+  void barrier();
+
+ private:
+  void work(int thread);
+
+  int size_;
+  std::vector<std::thread> threads_;
+  const std::function<void(int, int)>* job_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  uint64_t generation_ = 0;  // guarded by mutex_
+  bool stopping_ = false;    // guarded by mutex_
+  alignas(64) std::atomic<int> running_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+}  // namespace twostroke
