@@ -1,0 +1,5 @@
+"""`python -m twostroke` is the `twostroke` command."""
+
+from twostroke.cli.main import main
+
+main()
