@@ -1,0 +1,205 @@
+// Python bindings of matrices, threads and recorded programs. Arrays are checked here, once, so
+// that nothing a caller passes can make a kernel read or write outside its buffers.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace twostroke;
+
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::span<const int32_t> as_span(const Ints& array) { return {array.data(), array.size()}; }
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// A program together with what it borrows, so that Python's lifetimes keep them alive.
+struct BoundProgram {
+  Program program;
+  KvPool kv;
+  int max_tokens, max_logit_rows, vocab = 0, max_positions = 1 << 30;
+
+  BoundProgram(ThreadPool& pool, const std::string& kernels, Bytes memory, nb::tuple kv_shape,
+               bool half, int max_tokens, int max_logit_rows)
+      : program(pool, get_kernels(kernels.c_str()), make_pool(memory, kv_shape, half), max_tokens,
+                max_logit_rows),
+        kv(make_pool(memory, kv_shape, half)),
+        max_tokens(max_tokens),
+        max_logit_rows(max_logit_rows) {}
+
+  // kv_shape is (layers, blocks, kv_heads, head_dim).
+  static KvPool make_pool(const Bytes& memory, const nb::tuple& shape, bool half) {
+    KvPool pool{memory.data(),          nb::cast<int>(shape[0]), nb::cast<int>(shape[1]),
+                nb::cast<int>(shape[2]), nb::cast<int>(shape[3]), half};
+    const size_t needed = pool.block_bytes() * pool.num_layers * pool.num_blocks;
+    require(memory.size() == needed, "the KV memory has not the size of its shape");
+    return pool;
+  }
+
+  void check_step(const Ints& tokens, const Ints& positions, const Ints& offsets,
+                  const IntTable& tables) const {
+    const auto count = static_cast<int>(tokens.size());
+    require(count > 0 && count <= max_tokens, "a step must hold 1 to max_tokens tokens");
+    require(positions.size() == tokens.size(), "positions and tokens differ in length");
+    require(offsets.size() == tables.shape(0) + 1, "row_offsets and block_tables differ in rows");
+    require(offsets(0) == 0 && offsets(offsets.size() - 1) == count,
+            "row_offsets must run from 0 to the number of tokens");
+    for (int t = 0; t < count; ++t) {
+      require(tokens(t) >= 0 && tokens(t) < vocab, "a token id is outside the vocabulary");
+    }
+    for (size_t r = 0; r + 1 < offsets.size(); ++r) {
+      const int begin = offsets(r), end = offsets(r + 1);
+      require(begin < end, "row_offsets must ascend");
+      const int last = positions(begin) + (end - begin) - 1;
+      require(positions(begin) >= 0 && last < max_positions, "a position is out of range");
+      for (int t = begin; t < end; ++t) {
+        require(positions(t) == positions(begin) + t - begin, "positions of a row must be consecutive");
+      }
+      const int blocks = last / kLanes + 1;
+      require(blocks <= static_cast<int>(tables.shape(1)), "a block table is too short");
+      for (int b = 0; b < blocks; ++b) {
+        require(tables(r, b) >= 0 && tables(r, b) < kv.num_blocks, "a block id is outside the pool");
+      }
+    }
+  }
+
+  void run_body(Ints tokens, Ints positions, Ints offsets, IntTable tables) {
+    check_step(tokens, positions, offsets, tables);
+    const StepView step{as_span(tokens), as_span(positions), as_span(offsets),
+                        {tables.data(), tables.size()}, static_cast<int>(tables.shape(1))};
+    nb::gil_scoped_release release;
+    program.run_body(step);
+  }
+
+  void run_head(Ints rows) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      require(rows(i) >= 0 && rows(i) < max_tokens, "a logit row is outside the step");
+    }
+    nb::gil_scoped_release release;
+    program.run_head(as_span(rows));
+  }
+
+  // A view of `rows` rows of a buffer; valid until the next run.
+  nb::ndarray<nb::numpy, float, nb::ndim<2>> view(nb::handle self, int buffer, int rows) {
+    require(rows >= 0 && rows <= std::max(max_tokens, max_logit_rows), "too many rows");
+    const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(program.width(buffer))};
+    const int64_t strides[2] = {static_cast<int64_t>(program.stride(buffer)), 1};
+    return {program.row(buffer, 0), 2, shape, self, strides};
+  }
+};
+
+std::vector<float> to_vector(const Floats& values) {
+  return {values.data(), values.data() + values.size()};
+}
+
+void bind_recording(nb::class_<BoundProgram>& cls) {
+  using P = BoundProgram;
+  cls.def("add_buffer", [](P& p, int width, int place) { return p.program.add_buffer(width, place); })
+      .def("add_quantised",
+           [](P& p, int width, int place) { return p.program.add_quantised(width, place); })
+      .def("allocate", [](P& p, int floats, int bytes) { p.program.allocate(floats, bytes); })
+      .def("start_head", [](P& p) { p.program.start_head(); })
+      .def("embed",
+           [](P& p, const Matrix& table, int out, float scale, bool barrier) {
+             p.vocab = table.outputs;
+             p.program.embed(table, out, scale, barrier);
+           },
+           nb::keep_alive<1, 2>())
+      .def("quantise",
+           [](P& p, int in, int out, bool barrier) { p.program.quantise(in, out, barrier); })
+      .def("linear",
+           [](P& p, const Matrix& weight, int in, int out, Floats bias, bool barrier) {
+             p.program.linear(weight, in, out, to_vector(bias), barrier);
+           },
+           nb::keep_alive<1, 2>())
+      .def("rms_norm",
+           [](P& p, int in, int out, Floats weight, int groups, float eps, bool barrier) {
+             p.program.rms_norm(in, out, to_vector(weight), groups, eps, barrier);
+           })
+      .def("rope",
+           [](P& p, int buffer, int heads, FloatTable cos, FloatTable sin, bool interleaved,
+              bool barrier) {
+             require(static_cast<int>(cos.shape(1)) * 2 == p.kv.head_dim &&
+                         cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1),
+                     "rope tables must be (positions, head_dim / 2)");
+             p.max_positions = std::min(p.max_positions, static_cast<int>(cos.shape(0)));
+             p.program.rope(buffer, heads, {cos.data(), cos.size()}, {sin.data(), sin.size()},
+                            interleaved, barrier);
+           },
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+      .def("write_kv", [](P& p, int layer, int k, int v,
+                          bool barrier) { p.program.write_kv(layer, k, v, barrier); })
+      .def("attention",
+           [](P& p, int layer, int q, int out, float scale, int window, bool barrier) {
+             p.program.attention(layer, q, out, scale, window, barrier);
+           })
+      .def("gated", [](P& p, int gate, int up, int out, bool gelu,
+                       bool barrier) { p.program.gated(gate, up, out, gelu, barrier); })
+      .def("add", [](P& p, int a, int b, int out, bool barrier) { p.program.add(a, b, out, barrier); })
+      .def("take_rows",
+           [](P& p, int in, int out, bool barrier) { p.program.take_rows(in, out, barrier); });
+}
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>())
+      .def_prop_ro("size", &ThreadPool::size);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def("__init__",
+           [](Matrix* self, ThreadPool& pool, const std::string& format, ConstBytes file,
+              int outputs, int inputs) {
+             const Format parsed = parse_format(format);
+             const FormatInfo& info = get_info(parsed);
+             require(outputs > 0 && inputs > 0 && inputs % info.unit_inputs == 0,
+                     "matrix inputs must fill whole blocks of its format");
+             require(file.size() == static_cast<size_t>(outputs) * inputs / info.file_weights *
+                                        info.file_bytes,
+                     "the bytes given are not a matrix of this shape and format");
+             new (self) Matrix(parsed, outputs, inputs);
+             nb::gil_scoped_release release;
+             pool.parallel([&](int thread, int threads) {
+               const int tiles = self->num_tiles();
+               self->pack(file.data(), tiles * thread / threads, tiles * (thread + 1) / threads);
+             });
+           })
+      .def_ro("outputs", &Matrix::outputs)
+      .def_ro("inputs", &Matrix::inputs)
+      .def_ro("bytes", &Matrix::bytes)
+      .def("read_row", [](const Matrix& matrix, int output) {
+        require(output >= 0 && output < matrix.outputs, "no such output");
+        std::vector<float> values(matrix.inputs);
+        matrix.read_row(output, values.data());
+        return values;
+      });
+
+  nb::class_<BoundProgram> cls(m, "Program");
+  cls.def(nb::init<ThreadPool&, const std::string&, Bytes, nb::tuple, bool, int, int>(),
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>())
+      .def("run_body", &BoundProgram::run_body)
+      .def("run_head", &BoundProgram::run_head)
+      .def("view", [](nb::handle_t<BoundProgram> self, int buffer,
+                      int rows) { return nb::cast<BoundProgram&>(self).view(self, buffer, rows); })
+      .def("take_times", [](BoundProgram& p) { return p.program.take_times(); })
+      .def_prop_ro("arena_bytes", [](BoundProgram& p) { return p.program.arena_bytes(); });
+  bind_recording(cls);
+
+  m.def("kernels_name", [](const std::string& name) { return get_kernels(name.c_str()).name; });
+}

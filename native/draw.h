@@ -1,0 +1,420 @@
+// Drawing tokens from one row of logits, and scoring given tokens.
+//
+// Owns the native twin of kernels/reference/sampling.py, which defines every step: same order, same
+// random numbers, same rounding of adjusted logits. A row's answer depends on its own inputs only:
+// sums run in a fixed lane order and no work is divided inside a row, so neither the other rows nor
+// the number of threads nor an array's alignment can change a bit.
+//
+// No full sort. Whatever is kept (top-k, top-p, min-p) is a prefix of the descending order, and so
+// is what the draw passes over; a prefix is found by its mass with a quickselect that weighs.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace twostroke {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kLanes = 32;
+constexpr int64_t kBlock = 1024;  // logits scanned between two looks at the result
+
+// Tokens this much less likely than the best are looked at only when the draw reaches them.
+constexpr double kFarWeight = 1e-4;
+
+struct Candidate {
+  float value;  // adjusted logit
+  int32_t token;
+  double weight;  // exp((value - max) / temperature)
+};
+
+inline bool better(const Candidate& a, const Candidate& b) {
+  return a.value > b.value || (a.value == b.value && a.token < b.token);
+}
+
+inline float clean(float x) { return x == x ? x : -kInfinity; }
+
+// ---- random numbers ----------------------------------------------------------------------------
+
+// Philox4x32-10 (Salmon et al. 2011), key = seed, counter = (position, sequence index), all low
+// word first; the first two words give 53 bits.
+inline double get_uniform(uint64_t seed, uint64_t position, uint64_t index) {
+  auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
+  auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
+  std::array<uint32_t, 4> c{low(position), high(position), low(index), high(index)};
+  uint32_t key0 = low(seed), key1 = high(seed);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t even = uint64_t{0xD2511F53} * c[0], odd = uint64_t{0xCD9E8D57} * c[2];
+    c = {high(odd) ^ c[1] ^ key0, low(odd), high(even) ^ c[3] ^ key1, low(even)};
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  return static_cast<double>((c[0] | uint64_t{c[1]} << 32) >> 11) * 0x1.0p-53;
+}
+
+// ---- passes over a row --------------------------------------------------------------------------
+
+// Four doubles at once (GNU vector types: any instruction set, lane by lane the same result).
+typedef double Doubles __attribute__((vector_size(32)));
+typedef uint64_t Words __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(16)));
+
+// exp(x) for x <= 0; 0 for NaN and below -708; relative error below 1e-14. Real and Word are double
+// and uint64_t, or the vectors of them.
+template <class Real, class Word>
+inline Real exp_nonpositive(const Real& x) {
+  constexpr double kShift = 0x1.8p52;  // adding it rounds to an integer held in the low bits
+  const Real zero{};
+  const Real clamped = x > -708.0 ? x : zero - 708.0;
+  const Real shifted = clamped * 1.4426950408889634 + kShift;
+  const Real n = shifted - kShift;
+  const Real r = (clamped - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;  // n ln2, two parts
+  Real sum = r * (1.0 / 39916800) + 1.0 / 3628800;  // Taylor to r^11, |r| <= ln2 / 2
+  sum = sum * r + 1.0 / 362880;
+  sum = sum * r + 1.0 / 40320;
+  sum = sum * r + 1.0 / 5040;
+  sum = sum * r + 1.0 / 720;
+  sum = sum * r + 1.0 / 120;
+  sum = sum * r + 1.0 / 24;
+  sum = sum * r + 1.0 / 6;
+  sum = sum * r + 0.5;
+  sum = sum * r + 1.0;
+  sum = sum * r + 1.0;
+  const Word exponent = (std::bit_cast<Word>(shifted) + 1023) << 52;
+  return x >= -708.0 ? sum * std::bit_cast<Real>(exponent) : zero;
+}
+
+inline double get_shifted(float x, float largest) {
+  return x == largest ? 0.0 : static_cast<double>(x) - static_cast<double>(largest);
+}
+
+// Largest of `count` logits; NaN is passed over, -inf when there is nothing else.
+inline float find_max(const float* x, int64_t count) {
+  float lane[kLanes];
+  std::fill_n(lane, kLanes, -kInfinity);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+  }
+  float best = -kInfinity;
+  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  for (int j = 0; j < kLanes; ++j) best = lane[j] > best ? lane[j] : best;
+  return best;
+}
+
+// Smallest id of the largest logit.
+inline int32_t find_argmax(const float* x, int64_t count) {
+  float best = -kInfinity;
+  int64_t start = 0;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const float block = find_max(x + i, std::min(kBlock, count - i));
+    if (block > best) best = block, start = i;
+  }
+  if (best == -kInfinity) return 0;
+  while (x[start] != best) ++start;
+  return static_cast<int32_t>(start);
+}
+
+// Sum of exp((x - largest) * scale) in fixed lanes; the last block is padded with zero weights.
+inline double sum_exp(const float* x, int64_t count, float largest, double scale) {
+  constexpr int kWidth = 4, kVectors = 4, kBlockLanes = kVectors * kWidth;
+  if (largest == kInfinity) return static_cast<double>(std::count(x, x + count, largest));
+  Doubles lanes[kVectors] = {};
+  auto add = [&](const float* block) {
+    for (int j = 0; j < kVectors; ++j) {
+      Floats values;
+      std::memcpy(&values, block + j * kWidth, sizeof(values));
+      const Doubles shifted = __builtin_convertvector(values, Doubles) - largest;
+      lanes[j] += exp_nonpositive<Doubles, Words>(shifted * scale);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kBlockLanes <= count; i += kBlockLanes) add(x + i);
+  if (i < count) {
+    float tail[kBlockLanes];
+    std::fill_n(tail, kBlockLanes, -kInfinity);
+    std::copy(x + i, x + count, tail);
+    add(tail);
+  }
+  const Doubles all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  double sum = 0;
+  for (int j = 0; j < kWidth; ++j) sum += all[j];
+  return sum;
+}
+
+// Appends to `out` the tokens whose logit is at least `low`, ids rising.
+inline void collect_near(const float* x, int64_t count, float low, std::vector<Candidate>& out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t end = std::min<int64_t>(i + kLanes, count);
+    if (!(find_max(x + i, end - i) >= low)) continue;
+    for (int64_t token = i; token < end; ++token) {
+      if (x[token] >= low) out.push_back({x[token], static_cast<int32_t>(token), 0.0});
+    }
+  }
+}
+
+// Appends to `out` the finite logits below `low`, ids rising.
+inline void collect_far(const float* x, int64_t count, float low, std::vector<Candidate>& out) {
+  for (int64_t token = 0; token < count; ++token) {
+    if (x[token] < low && x[token] > -kInfinity) {
+      out.push_back({x[token], static_cast<int32_t>(token), 0.0});
+    }
+  }
+}
+
+// The `k` best tokens in descending order (fewer only when the row is shorter; NaN as -inf).
+inline void collect_top(const float* x, int64_t count, int64_t k, std::vector<Candidate>& out) {
+  out.clear();
+  k = std::min(k, count);
+  if (k <= 0) return;
+  const size_t full = static_cast<size_t>(std::max<int64_t>(2 * k, k + 256));
+  float threshold = -kInfinity;  // ids rise, so an equal value that comes later never gets in
+  bool open = true;              // until k are known, everything gets in
+  auto shrink = [&] {
+    if (static_cast<int64_t>(out.size()) <= k) return;
+    std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), better);
+    out.resize(static_cast<size_t>(k));
+    threshold = out.back().value;
+    open = false;
+  };
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t end = std::min<int64_t>(i + kLanes, count);
+    if (!open && !(find_max(x + i, end - i) > threshold)) continue;
+    for (int64_t token = i; token < end; ++token) {
+      const float value = clean(x[token]);
+      if (open || value > threshold) out.push_back({value, static_cast<int32_t>(token), 0.0});
+    }
+    if (out.size() >= full) shrink();
+  }
+  shrink();
+  std::sort(out.begin(), out.end(), better);
+}
+
+// ---- prefixes of the descending order, by mass -------------------------------------------------
+
+struct Prefix {
+  size_t count;  // candidates in the prefix, now the first ones of the array
+  double mass;   // their weights' sum
+};
+
+// Reorders [0, count) so that the shortest prefix of the descending order whose mass reaches
+// `target` (with `beyond`: exceeds it) comes first, its last candidate in place. The whole, sorted
+// at its end, where rounding leaves the total short. Weights are positive, count at least 1.
+inline Prefix find_prefix(Candidate* items, size_t count, double target, bool beyond) {
+  constexpr size_t kSmall = 64;
+  size_t first = 0, last = count;  // the crossing is in [first, last)
+  double before = 0;
+  while (last - first > kSmall) {
+    // Mass sits in front: an uneven split finds it in fewer moves.
+    const size_t middle = first + (last - first) / 8;
+    std::nth_element(items + first, items + middle, items + last, better);
+    double mass = before;
+    for (size_t i = first; i < middle; ++i) mass += items[i].weight;
+    if (beyond ? mass > target : mass >= target) {
+      last = middle;
+    } else {
+      before = mass;
+      first = middle;
+    }
+  }
+  std::sort(items + first, items + last, better);
+  for (size_t i = first; i < last; ++i) {
+    before += items[i].weight;
+    if (beyond ? before > target : before >= target) return {i + 1, before};
+  }
+  return {last, before};
+}
+
+inline double weigh(std::vector<Candidate>& items, float largest, double scale) {
+  double mass = 0;
+  for (auto& item : items) {
+    item.weight = exp_nonpositive<double, uint64_t>(get_shifted(item.value, largest) * scale);
+    mass += item.weight;
+  }
+  return mass;
+}
+
+// Drops candidates lighter than `least`, and weightless ones; returns the mass that stays.
+inline double drop_lighter(std::vector<Candidate>& items, double least) {
+  std::erase_if(items, [=](const Candidate& c) { return c.weight < least || c.weight <= 0; });
+  double mass = 0;
+  for (const auto& item : items) mass += item.weight;
+  return mass;
+}
+
+// Lowest logit whose weight may reach `weight`, a little low, so that rounding loses none.
+inline float get_threshold(float largest, double weight, double temperature) {
+  if (largest == kInfinity) return largest;
+  const double exact = largest + std::log(weight) * temperature;
+  const double slack = 1e-6 * (std::abs(exact) + std::abs(static_cast<double>(largest)));
+  return static_cast<float>(
+      std::max(exact - slack, -static_cast<double>(std::numeric_limits<float>::max())));
+}
+
+// ---- one row ------------------------------------------------------------------------------------
+
+struct RowSpec {
+  double temperature, top_p, min_p;
+  int64_t top_k;
+  double uniform;
+};
+
+// What is needed again for the next row of the same thread; holds nothing between rows.
+struct Scratch {
+  std::vector<float> adjusted;
+  std::vector<uint32_t> counts;  // all zero between rows
+  std::vector<Candidate> near, far;
+};
+
+// The tokens that may be drawn: `near` ones, and `far` ones collected only when reached.
+class Distribution {
+ public:
+  Distribution(const float* x, int64_t vocab, float largest, const RowSpec& spec, Scratch& scratch)
+      : x_(x), vocab_(vocab), largest_(largest), scale_(1 / spec.temperature),
+        near_(scratch.near), far_(scratch.far) {
+    near_.clear();
+    far_.clear();
+    const double min_p = std::min(spec.min_p, 1.0);
+    const bool few = spec.top_k > 0 && spec.top_k < vocab;
+    if (few) {
+      collect_top(x, vocab, spec.top_k, near_);
+    } else {
+      threshold_ = get_threshold(largest, min_p > 0 ? min_p : kFarWeight, spec.temperature);
+      collect_near(x, vocab, threshold_, near_);
+      has_far_ = min_p <= 0;
+    }
+    total_ = weigh(near_, largest, scale_);
+    near_mass_ = drop_lighter(near_, min_p);
+    if (!few && (has_far_ || spec.top_p < 1)) total_ = sum_exp(x, vocab, largest, scale_);
+    mass_ = has_far_ ? total_ : near_mass_;
+  }
+
+  // Keeps the smallest set of most likely tokens with mass >= top_p of all before min-p.
+  void keep_mass(double top_p) {
+    const double target = top_p * total_;
+    if (!is_far(target, false)) {
+      const Prefix kept = find_prefix(near_.data(), near_.size(), target, false);
+      near_.resize(kept.count);
+      mass_ = near_mass_ = kept.mass;
+      has_far_ = false;
+    } else if (has_far_) {
+      const Prefix kept = find_prefix(far_.data(), far_.size(), target - near_mass_, false);
+      far_.resize(kept.count);
+      mass_ = near_mass_ + kept.mass;
+    }
+  }
+
+  int32_t draw(double uniform) {
+    const double target = uniform * mass_;
+    const bool far = is_far(target, true) && has_far_;
+    auto& items = far ? far_ : near_;
+    const Prefix drawn =
+        find_prefix(items.data(), items.size(), far ? target - near_mass_ : target, true);
+    return items[drawn.count - 1].token;
+  }
+
+ private:
+  // Whether `target` lies behind the near tokens; collects the far ones, unless there are none.
+  bool is_far(double target, bool beyond) {
+    if (beyond ? target < near_mass_ : target <= near_mass_) return false;
+    if (has_far_ && far_.empty()) {
+      collect_far(x_, vocab_, threshold_, far_);
+      weigh(far_, largest_, scale_);
+      drop_lighter(far_, 0);
+      has_far_ = !far_.empty();
+    }
+    return true;
+  }
+
+  const float* x_;
+  int64_t vocab_;
+  float largest_;
+  double scale_;
+  float threshold_ = 0;
+  std::vector<Candidate>&near_, &far_;
+  bool has_far_ = false;
+  double total_ = 0, near_mass_ = 0, mass_ = 0;
+};
+
+inline int32_t draw_row(const float* x, int64_t vocab, const RowSpec& spec, Scratch& scratch) {
+  if (spec.temperature <= 0) return find_argmax(x, vocab);
+  const float largest = find_max(x, vocab);
+  if (largest == -kInfinity) return 0;
+  Distribution distribution(x, vocab, largest, spec, scratch);
+  if (spec.top_p < 1) distribution.keep_mass(spec.top_p);
+  return distribution.draw(spec.uniform);
+}
+
+struct Penalties {
+  double repetition, presence, frequency;
+  const int32_t* history;
+  int64_t known, prompt;  // tokens of the history, and how many of those are prompt
+  const int32_t* bias_tokens;
+  const float* bias_values;
+  int64_t biases;
+};
+
+// Copies the row and applies penalties and bias (kernels/reference/sampling.py adjust_logits).
+inline const float* adjust_row(const float* x, int64_t vocab, const Penalties& p, Scratch& scratch) {
+  if (p.known == 0 && p.biases == 0) return x;
+  constexpr uint32_t kSeen = 1u << 31;  // beside the count of a token's occurrences in the output
+  scratch.adjusted.assign(x, x + vocab);
+  scratch.counts.resize(static_cast<size_t>(vocab));
+  float* out = scratch.adjusted.data();
+  uint32_t* counts = scratch.counts.data();
+  for (int64_t i = 0; i < p.known; ++i) {
+    uint32_t& count = counts[p.history[i]];
+    count = (count | kSeen) + (i >= p.prompt ? 1 : 0);
+  }
+  for (int64_t i = 0; i < p.known; ++i) {
+    const int32_t token = p.history[i];
+    if (counts[token] == 0) continue;
+    const uint32_t drawn = counts[token] & ~kSeen;
+    counts[token] = 0;
+    double value = clean(out[token]);
+    value = value > 0 ? value / p.repetition : value * p.repetition;
+    if (drawn > 0) value -= p.presence + p.frequency * drawn;
+    out[token] = static_cast<float>(value);
+  }
+  for (int64_t i = 0; i < p.biases; ++i) {
+    float& value = out[p.bias_tokens[i]];
+    value = clean(value) + p.bias_values[i];
+  }
+  return out;
+}
+
+// Where one row's log-probabilities go: its own and `width` places for the most likely tokens.
+struct Scored {
+  float* logprob;
+  int32_t* top_tokens;
+  float* top_logprobs;
+  int64_t width;
+};
+
+inline void score_row(const float* x, int64_t vocab, int32_t target, int32_t top, const Scored& out,
+               Scratch& scratch) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  *out.logprob = kNan;
+  std::fill_n(out.top_tokens, out.width, -1);
+  std::fill_n(out.top_logprobs, out.width, kNan);
+  if (top < 0) return;
+  const float largest = find_max(x, vocab);
+  const double log_mass =
+      largest == -kInfinity ? kInfinity : std::log(sum_exp(x, vocab, largest, 1.0));
+  auto get_logprob = [&](float value) {
+    return static_cast<float>(get_shifted(clean(value), largest) - log_mass);
+  };
+  *out.logprob = get_logprob(x[target]);
+  collect_top(x, vocab, std::min<int64_t>(top, out.width), scratch.near);
+  for (size_t i = 0; i < scratch.near.size(); ++i) {
+    out.top_tokens[i] = scratch.near[i].token;
+    out.top_logprobs[i] = get_logprob(scratch.near[i].value);
+  }
+}
+
+}  // namespace twostroke

@@ -1,0 +1,115 @@
+// The kernels as a table of functions, one table for each instruction set.
+//
+// Every function computes a share of its operation, so that threads call it side by side: linear
+// takes a range of output tiles, the row-wise ones a range of rows, attention one unit. All give
+// the same bits on every instruction set, for any split and any number of rows.
+//
+// Activations are float32 rows whose stride is a multiple of 16, padded lanes zero.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pack.h"
+
+namespace twostroke {
+
+// Rows of activations quantised to signed bytes in blocks of 32 inputs:
+// value = scale * q, with sum16 the sums of q over 16 inputs and offset = scale * (sum over 32).
+struct QuantisedRows {
+  int8_t* q;        // [row][inputs]
+  float* scale;     // [row][inputs / 32]
+  float* offset;    // [row][inputs / 32]
+  int32_t* sum16;   // [row][inputs / 16]
+};
+
+struct LinearArgs {
+  const Matrix* weight;
+  const float* bias;  // or null; padded to whole tiles
+  const float* x;     // float input (float formats), stride x_stride
+  size_t x_stride;
+  QuantisedRows quantised;  // input of the quantised formats
+  float* y;
+  size_t y_stride;
+  int rows;
+};
+
+// One KV pool: every layer has all blocks; a block is, for each KV head, K as [head_dim][16] (a
+// vector is one dimension of sixteen keys) and V as [16][head_dim].
+struct KvPool {
+  uint8_t* data;
+  int num_layers, num_blocks, num_kv_heads, head_dim;
+  bool half;  // elements are f16, else f32
+
+  size_t element_bytes() const { return half ? 2 : 4; }
+  size_t head_bytes() const { return static_cast<size_t>(head_dim) * kLanes * element_bytes(); }
+  size_t block_bytes() const { return 2 * num_kv_heads * head_bytes(); }
+  uint8_t* block(int layer, int block) const {
+    return data + (static_cast<size_t>(layer) * num_blocks + block) * block_bytes();
+  }
+  uint8_t* keys(int layer, int b, int head) const {
+    return block(layer, b) + head * head_bytes();
+  }
+  uint8_t* values(int layer, int b, int head) const {
+    return block(layer, b) + (num_kv_heads + head) * head_bytes();
+  }
+};
+
+constexpr int kTileKeys = 64;      // keys a softmax tile, at absolute positions
+constexpr int kSegmentKeys = 256;  // keys between merges, at absolute positions
+constexpr int kQueryTile = 16;     // tokens of one row a unit handles
+
+// A unit of attention: `tokens` consecutive queries of one row at one KV head, over the key
+// segments first_segment <= s < last_segment.
+struct AttentionArgs {
+  const KvPool* kv;
+  const int32_t* blocks;  // the row's block table
+  const float* q;         // first query token, head 0 of this KV head's group
+  float* y;               // likewise
+  size_t stride;          // floats between tokens of q and of y
+  int layer, kv_head, group;
+  int position;  // of the first query token
+  int tokens;
+  int window;    // 0: none
+  float scale;
+  int first_segment, last_segment;
+  float* scratch;  // attention_scratch_floats() floats
+  float* partial;  // not null: write (o, m, l) of the one segment here instead of y
+};
+
+// Floats of scratch a unit needs.
+inline size_t attention_scratch_floats(int group, int head_dim) {
+  return static_cast<size_t>(group) * kQueryTile * (3 * head_dim + 4 * kLanes + 8) + 8 * kTileKeys;
+}
+// Floats of one partial result: o, then m and l.
+inline size_t partial_floats(int head_dim) { return static_cast<size_t>(head_dim) + kLanes; }
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearArgs& args, int first_tile, int last_tile);
+  void (*quantise)(const float* x, size_t stride, int inputs, const QuantisedRows& out, int first,
+                   int last);
+  void (*rms_norm)(const float* x, float* y, size_t stride, const float* weight, int width,
+                   int groups, float eps, int first, int last);
+  void (*gated)(const float* gate, const float* up, float* y, size_t stride, bool gelu, int first,
+                int last);
+  void (*add)(const float* a, const float* b, float* y, size_t stride, int first, int last);
+  void (*rope)(float* x, size_t stride, int heads, int head_dim, const float* cos, const float* sin,
+               bool interleaved, const int32_t* positions, int first, int last);
+  void (*write_kv)(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
+                   const int32_t* block, const int32_t* slot, int first, int last);
+  void (*attention)(const AttentionArgs& args);
+  void (*merge)(const float* partials, int segments, int head_dim, float* y);
+};
+
+const Kernels& get_portable_kernels();
+#if defined(TWOSTROKE_X86)
+const Kernels& get_avx2_kernels();
+const Kernels& get_avx512_kernels();
+#endif
+
+// The table of this name ("auto" takes the widest this processor runs). Throws
+// std::invalid_argument naming what there is.
+const Kernels& get_kernels(const char* name);
+
+}  // namespace twostroke

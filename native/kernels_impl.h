@@ -1,0 +1,17 @@
+// All kernels of one instruction set; included once by each isa_*.cpp.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace twostroke::TS_ISA {
+
+inline Kernels make_kernels(const char* name) {
+  return {name, linear, quantise, rms_norm, gated, add, rope, write_kv, attention, merge};
+}
+
+}  // namespace twostroke::TS_ISA

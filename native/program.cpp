@@ -1,0 +1,343 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+
+namespace twostroke {
+namespace {
+
+size_t pad(size_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+std::vector<float> pad_values(std::vector<float> values) {
+  values.resize(pad(values.size()), 0.0f);
+  return values;
+}
+
+// This thread's share of `count` equal pieces.
+std::pair<int, int> get_share(int count, int thread, int threads) {
+  const auto cut = [&](int t) { return static_cast<int>(static_cast<int64_t>(count) * t / threads); };
+  return {cut(thread), cut(thread + 1)};
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+Program::Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_tokens,
+                 int max_logit_rows)
+    : pool_(pool),
+      kernels_(kernels),
+      kv_(kv),
+      max_tokens_(max_tokens),
+      max_logit_rows_(max_logit_rows),
+      scratch_(pool.size()) {
+  if (kv.head_dim % kLanes != 0) throw std::invalid_argument("head_dim must be a multiple of 16");
+}
+
+int Program::add_buffer(int width, int place) {
+  buffers_.push_back({width, pad(width), static_cast<size_t>(place)});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::add_quantised(int width, int place) {
+  if (width % kBlock != 0) throw std::invalid_argument("quantised rows hold whole blocks of 32");
+  quantised_buffers_.push_back({width, static_cast<size_t>(width), static_cast<size_t>(place)});
+  return static_cast<int>(quantised_buffers_.size()) - 1;
+}
+
+void Program::allocate(int float_width, int quantised_width) {
+  const size_t rows = std::max(max_tokens_, max_logit_rows_);
+  floats_.assign(rows * float_width + kLanes, 0.0f);
+  const size_t values = rows * quantised_width;
+  quantised_q_.assign(values, 0);
+  quantised_scale_.assign(values / kBlock, 0.0f);
+  quantised_offset_.assign(values / kBlock, 0.0f);
+  quantised_sum_.assign(values / 16, 0);
+  quantised_bytes_ = values + values / kBlock * 8 + values / 16 * 4;
+}
+
+float* Program::row(int buffer, int index) {
+  const Buffer& b = buffers_[buffer];
+  const size_t rows = std::max(max_tokens_, max_logit_rows_);
+  return floats_.data() + b.place * rows + static_cast<size_t>(index) * b.stride;
+}
+
+QuantisedRows Program::quantised(int buffer) const {
+  const size_t at = quantised_buffers_[buffer].place * std::max(max_tokens_, max_logit_rows_);
+  auto* self = const_cast<Program*>(this);
+  return {self->quantised_q_.data() + at, self->quantised_scale_.data() + at / kBlock,
+          self->quantised_offset_.data() + at / kBlock, self->quantised_sum_.data() + at / 16};
+}
+
+void Program::record(std::string name, bool barrier, std::function<void(int, int)> run) {
+  (recording_head_ ? head_ : body_).push_back({std::move(name), std::move(run), barrier});
+}
+
+std::atomic<int>& Program::add_counter() {
+  counters_.push_back(std::make_unique<std::atomic<int>>(0));
+  return *counters_.back();
+}
+
+void Program::embed(const Matrix& table, int out, float scale, bool barrier) {
+  record("embed", barrier, [this, &table, out, scale](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    for (int t = first; t < last; ++t) {
+      float* target = row(out, t);
+      table.read_row(step_.tokens[t], target);
+      for (int i = 0; i < table.inputs; ++i) target[i] *= scale;
+      std::fill(target + table.inputs, target + stride(out), 0.0f);
+    }
+  });
+}
+
+void Program::quantise(int in, int out, bool barrier) {
+  record("quantise", barrier, [this, in, out](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.quantise(row(in, 0), stride(in), width(in), quantised(out), first, last);
+  });
+}
+
+void Program::linear(const Matrix& weight, int in, int out, std::vector<float> bias,
+                     bool barrier) {
+  std::atomic<int>& next = add_counter();
+  bias = pad_values(std::move(bias));
+  record("linear", barrier, [this, &weight, in, out, bias, &next](int, int threads) {
+    LinearArgs args{};
+    args.weight = &weight;
+    args.bias = bias.empty() ? nullptr : bias.data();
+    if (is_float(weight.format)) {
+      args.x = row(in, 0);
+      args.x_stride = stride(in);
+    } else {
+      args.quantised = quantised(in);
+    }
+    args.y = row(out, 0);
+    args.y_stride = stride(out);
+    args.rows = rows();
+    // Tiles are handed out in pieces, so that a thread that was held up does less.
+    const int tiles = weight.num_tiles();
+    const int piece = std::max(1, tiles / (threads * 8));
+    for (int first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tiles;) {
+      kernels_.linear(args, first, std::min(tiles, first + piece));
+    }
+  });
+}
+
+void Program::rms_norm(int in, int out, std::vector<float> weight, int groups, float eps,
+                       bool barrier) {
+  const int width = static_cast<int>(weight.size());
+  if (groups > 1 && width % kLanes != 0) {
+    throw std::invalid_argument("grouped norms need a width that is a multiple of 16");
+  }
+  weight = pad_values(std::move(weight));
+  record("rms_norm", barrier, [this, in, out, weight, width, groups, eps](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.rms_norm(row(in, 0), row(out, 0), stride(in), weight.data(), width, groups, eps, first,
+                      last);
+  });
+}
+
+void Program::rope(int buffer, int heads, std::span<const float> cos, std::span<const float> sin,
+                   bool interleaved, bool barrier) {
+  record("rope", barrier, [=, this](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.rope(row(buffer, 0), stride(buffer), heads, kv_.head_dim, cos.data(), sin.data(),
+                  interleaved, step_.positions.data(), first, last);
+  });
+}
+
+void Program::write_kv(int layer, int k, int v, bool barrier) {
+  record("write_kv", barrier, [this, layer, k, v](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.write_kv(kv_, layer, row(k, 0), row(v, 0), stride(k), kv_block_.data(),
+                      kv_slot_.data(), first, last);
+  });
+}
+
+void Program::attention(int layer, int q, int out, float scale, int window, bool barrier) {
+  std::atomic<int>& next = add_counter();
+  const int group = width(q) / (kv_.num_kv_heads * kv_.head_dim);
+  max_group_ = std::max(max_group_, group);
+  schedules_[window];
+  AttentionArgs shape{};
+  shape.kv = &kv_;
+  shape.stride = stride(q);
+  shape.layer = layer;
+  shape.group = group;
+  shape.window = window;
+  shape.scale = scale;
+  record("attention", barrier, [this, shape, q, out, &next](int thread, int) {
+    attend(shape, q, out, next, thread);
+  });
+  record("merge", true, [this, group, window, out](int thread, int threads) {
+    const auto& merges = schedules_[window].merges;
+    const auto [first, last] = get_share(static_cast<int>(merges.size()) * group, thread, threads);
+    for (int i = first; i < last; ++i) {
+      // Partials of a unit lie segment by segment, each with all heads of the group.
+      const Merge& job = merges[i / group];
+      const int dim = kv_.head_dim, head = i % group;
+      const size_t size = partial_floats(dim);
+      std::vector<float>& parts = scratch_[thread];
+      for (int s = 0; s < job.segments; ++s) {
+        const size_t from = static_cast<size_t>(job.partial + s) * max_group_ + head;
+        std::memcpy(parts.data() + s * size, partials_.data() + from * size, size * sizeof(float));
+      }
+      kernels_.merge(parts.data(), job.segments, dim,
+                     row(out, job.token) + (job.kv_head * group + head) * dim);
+    }
+  });
+}
+
+void Program::attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next,
+                     int thread) {
+  const auto& units = schedules_[shape.window].units;
+  const int count = static_cast<int>(units.size());
+  for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+    const Unit& unit = units[i];
+    AttentionArgs args = shape;
+    const size_t head = static_cast<size_t>(unit.kv_head) * shape.group * kv_.head_dim;
+    args.blocks = step_.block_tables.data() + static_cast<size_t>(unit.row) * step_.max_blocks;
+    args.q = row(q, unit.first_token) + head;
+    args.y = row(out, unit.first_token) + head;
+    args.kv_head = unit.kv_head;
+    args.position = step_.positions[unit.first_token];
+    args.tokens = unit.tokens;
+    args.first_segment = unit.first_segment;
+    args.last_segment = unit.last_segment;
+    args.scratch = scratch_[thread].data();
+    if (unit.partial >= 0) {
+      args.partial = partials_.data() +
+                     static_cast<size_t>(unit.partial) * max_group_ * partial_floats(kv_.head_dim);
+    }
+    kernels_.attention(args);
+  }
+}
+
+void Program::gated(int gate, int up, int out, bool gelu, bool barrier) {
+  record("gated", barrier, [this, gate, up, out, gelu](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.gated(row(gate, 0), row(up, 0), row(out, 0), stride(out), gelu, first, last);
+  });
+}
+
+void Program::add(int a, int b, int out, bool barrier) {
+  record("add", barrier, [this, a, b, out](int thread, int threads) {
+    const auto [first, last] = get_share(rows(), thread, threads);
+    kernels_.add(row(a, 0), row(b, 0), row(out, 0), stride(out), first, last);
+  });
+}
+
+void Program::take_rows(int in, int out, bool barrier) {
+  record("take_rows", barrier, [this, in, out](int thread, int threads) {
+    const auto [first, last] = get_share(num_logit_rows_, thread, threads);
+    for (int i = first; i < last; ++i) {
+      std::memcpy(row(out, i), row(in, logit_rows_[i]), stride(in) * sizeof(float));
+    }
+  });
+}
+
+// A query tile of 16 tokens at one KV head is one unit. When there are too few units for the
+// threads, single-token rows (decodes) are also divided by key segments and merged afterwards.
+void Program::build_schedule(int window, Schedule& schedule) const {
+  schedule.units.clear();
+  schedule.merges.clear();
+  const int num_rows = static_cast<int>(step_.row_offsets.size()) - 1;
+  const bool divide = num_rows * kv_.num_kv_heads < 4 * pool_.size();
+  int partials = 0;
+  for (int r = 0; r < num_rows; ++r) {
+    const int begin = step_.row_offsets[r], end = step_.row_offsets[r + 1];
+    for (int t = begin; t < end; t += kQueryTile) {
+      const int tokens = std::min(kQueryTile, end - t);
+      const int position = step_.positions[t];
+      const int first_key = window > 0 ? std::max(0, position + 1 - window) : 0;
+      const int first = first_key / kSegmentKeys;
+      const int last = (position + tokens - 1) / kSegmentKeys + 1;
+      for (int head = 0; head < kv_.num_kv_heads; ++head) {
+        if (!divide || tokens > 1 || last - first == 1) {
+          schedule.units.push_back({r, t, tokens, head, first, last, -1});
+          continue;
+        }
+        schedule.merges.push_back({t, head, partials, last - first});
+        for (int s = first; s < last; ++s) {
+          schedule.units.push_back({r, t, 1, head, s, s + 1, partials++});
+        }
+      }
+    }
+  }
+}
+
+void Program::run_body(const StepView& step) {
+  step_ = step;
+  num_tokens_ = static_cast<int>(step.tokens.size());
+  in_head_ = false;
+  kv_block_.resize(num_tokens_);
+  kv_slot_.resize(num_tokens_);
+  int longest = 0;
+  for (size_t r = 0; r + 1 < step.row_offsets.size(); ++r) {
+    for (int t = step.row_offsets[r]; t < step.row_offsets[r + 1]; ++t) {
+      const int position = step.positions[t];
+      kv_block_[t] = step.block_tables[r * step.max_blocks + position / kLanes];
+      kv_slot_[t] = position % kLanes;
+      longest = std::max(longest, position + 1);
+    }
+  }
+  size_t partials = 0;
+  for (auto& [window, schedule] : schedules_) {
+    build_schedule(window, schedule);
+    for (const Merge& job : schedule.merges) {
+      partials = std::max(partials, static_cast<size_t>(job.partial + job.segments));
+    }
+  }
+  partials_.resize(std::max(partials_.size(), partials * max_group_ * partial_floats(kv_.head_dim)));
+  const size_t segments = static_cast<size_t>(longest) / kSegmentKeys + 1;
+  const size_t scratch = std::max(attention_scratch_floats(max_group_, kv_.head_dim),
+                                  segments * partial_floats(kv_.head_dim));
+  for (auto& buffer : scratch_) buffer.resize(std::max(buffer.size(), scratch));
+  run(body_);
+}
+
+void Program::run_head(std::span<const int32_t> logit_rows) {
+  if (static_cast<int>(logit_rows.size()) > max_logit_rows_) {
+    throw std::invalid_argument("more logit rows than the program was made for");
+  }
+  logit_rows_.assign(logit_rows.begin(), logit_rows.end());
+  num_logit_rows_ = static_cast<int>(logit_rows.size());
+  in_head_ = true;
+  run(head_);
+}
+
+void Program::run(std::vector<Op>& ops) {
+  for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
+  const std::function<void(int, int)> walk = [&](int thread, int threads) {
+    int64_t before = thread == 0 ? now_ns() : 0;
+    for (Op& op : ops) {
+      if (op.barrier) pool_.barrier();
+      op.run(thread, threads);
+      if (thread == 0) {
+        const int64_t now = now_ns();
+        op.time_ns += now - before;
+        before = now;
+      }
+    }
+  };
+  pool_.parallel(walk);
+}
+
+std::vector<std::pair<std::string, int64_t>> Program::take_times() {
+  std::vector<std::pair<std::string, int64_t>> times;
+  for (auto* ops : {&body_, &head_}) {
+    for (Op& op : *ops) {
+      times.emplace_back(op.name, op.time_ns);
+      op.time_ns = 0;
+    }
+  }
+  return times;
+}
+
+}  // namespace twostroke

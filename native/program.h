@@ -1,0 +1,121 @@
+// A forward pass, recorded once as a list of operations on numbered buffers and replayed for any
+// step.
+//
+// Owns the activations (one arena), the step's inputs and the list. Weights, KV pool and threads
+// are borrowed and must outlive it. Operations live in two sections: the body runs over all T
+// tokens of a step, the head over up to `max_logit_rows` of its positions at a time. All threads
+// walk the list together; an operation recorded with `barrier` waits until the earlier ones are
+// complete. Not safe to run from two threads at once.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace twostroke {
+
+struct StepView {  // borrowed arrays, as in kernels/ops.py: StepArrays
+  std::span<const int32_t> tokens, positions, row_offsets, block_tables;
+  int max_blocks;
+};
+
+class Program {
+ public:
+  Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_tokens, int max_logit_rows);
+
+  // A float buffer of `width` values a row. `place` is where it starts in the arena, in floats a
+  // row: buffers whose lives do not overlap may share a place.
+  int add_buffer(int width, int place);
+  // A buffer of quantised rows of `width` values.
+  int add_quantised(int width, int place);
+  // Allocates the arena: `float_width` and `quantised_width` values a row.
+  void allocate(int float_width, int quantised_width);
+  void start_head() { recording_head_ = true; }
+
+  void embed(const Matrix& table, int out, float scale, bool barrier);
+  void quantise(int in, int out, bool barrier);
+  void linear(const Matrix& weight, int in, int out, std::vector<float> bias, bool barrier);
+  void rms_norm(int in, int out, std::vector<float> weight, int groups, float eps, bool barrier);
+  void rope(int buffer, int heads, std::span<const float> cos, std::span<const float> sin,
+            bool interleaved, bool barrier);
+  void write_kv(int layer, int k, int v, bool barrier);
+  void attention(int layer, int q, int out, float scale, int window, bool barrier);
+  void gated(int gate, int up, int out, bool gelu, bool barrier);
+  void add(int a, int b, int out, bool barrier);
+  void take_rows(int in, int out, bool barrier);
+
+  void run_body(const StepView& step);
+  // Runs the head for these positions of the last body; at most max_logit_rows of them.
+  void run_head(std::span<const int32_t> logit_rows);
+
+  float* row(int buffer, int index);
+  int width(int buffer) const { return buffers_[buffer].width; }
+  size_t stride(int buffer) const { return buffers_[buffer].stride; }
+  size_t arena_bytes() const { return floats_.size() * sizeof(float) + quantised_bytes_; }
+
+  // Nanoseconds spent in each operation (waiting at its barrier included) since the last call,
+  // with its name; counted on thread 0.
+  std::vector<std::pair<std::string, int64_t>> take_times();
+
+ private:
+  struct Buffer {
+    int width;
+    size_t stride, place;
+  };
+  struct Op {
+    std::string name;
+    std::function<void(int, int)> run;
+    bool barrier;
+    int64_t time_ns = 0;
+  };
+  struct Unit {  // one share of an attention op; partial < 0 when the unit writes its result
+    int row, first_token, tokens, kv_head, first_segment, last_segment, partial;
+  };
+  struct Merge {
+    int token, kv_head, partial, segments;
+  };
+  struct Schedule {  // how one window's attention is divided in this step
+    std::vector<Unit> units;
+    std::vector<Merge> merges;
+  };
+  static constexpr size_t kCounterStride = 16;  // ints: a cache line each
+
+  void record(std::string name, bool barrier, std::function<void(int, int)> run);
+  void run(std::vector<Op>& ops);
+  std::atomic<int>& add_counter();
+  void attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next, int thread);
+  void build_schedule(int window, Schedule& schedule) const;
+  QuantisedRows quantised(int buffer) const;
+  int rows() const { return in_head_ ? num_logit_rows_ : num_tokens_; }
+
+  ThreadPool& pool_;
+  const Kernels& kernels_;
+  KvPool kv_;
+  int max_tokens_, max_logit_rows_, max_group_ = 1;
+  std::vector<Buffer> buffers_, quantised_buffers_;
+  std::vector<float> floats_;
+  std::vector<int8_t> quantised_q_;
+  std::vector<float> quantised_scale_, quantised_offset_;
+  std::vector<int32_t> quantised_sum_;
+  size_t quantised_bytes_ = 0;
+  bool recording_head_ = false, in_head_ = false;
+  std::vector<Op> body_, head_;
+  std::vector<std::unique_ptr<std::atomic<int>>> counters_;
+  std::map<int, Schedule> schedules_;  // by window
+
+  int num_tokens_ = 0, num_logit_rows_ = 0;
+  StepView step_{};
+  std::vector<int32_t> kv_block_, kv_slot_, token_row_, logit_rows_;
+  std::vector<float> partials_;
+  std::vector<std::vector<float>> scratch_;  // by thread
+};
+
+}  // namespace twostroke

@@ -1,0 +1,131 @@
+// Operations on rows of activations: each row's result depends on that row alone.
+//
+// Rows have a stride that is a multiple of 16 and zeros in the padded lanes, so the elementwise
+// operations run over whole vectors.
+#pragma once
+
+namespace twostroke::TS_ISA {
+
+// Blocks of 32 inputs: scale = max |x| / 127, q = round to nearest even of x / scale.
+inline void quantise(const float* x, size_t stride, int inputs, const QuantisedRows& out, int first,
+                     int last) {
+  const int blocks = inputs / kBlock;
+  for (int row = first; row < last; ++row) {
+    for (int b = 0; b < blocks; ++b) {
+      const float* source = x + row * stride + b * kBlock;
+      const F lo = F::load(source), hi = F::load(source + 16);
+      const float largest = reduce_max(max(abs(lo), abs(hi)));
+      const float scale = largest / 127.0f;
+      const float inverse = scale > 0.0f ? 127.0f / largest : 0.0f;
+      const size_t at = static_cast<size_t>(row) * blocks + b;
+      int8_t* q = out.q + at * kBlock;
+      (lo * F::set(inverse)).store_rounded_i8(q);
+      (hi * F::set(inverse)).store_rounded_i8(q + 16);
+      int32_t sums[2] = {0, 0};
+      for (int i = 0; i < 16; ++i) {
+        sums[0] += q[i];
+        sums[1] += q[16 + i];
+      }
+      out.scale[at] = scale;
+      out.offset[at] = scale * static_cast<float>(sums[0] + sums[1]);
+      out.sum16[2 * at] = sums[0];
+      out.sum16[2 * at + 1] = sums[1];
+    }
+  }
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight for `groups` consecutive groups of `width` in each row.
+// width need not be a multiple of 16 when there is one group.
+inline void rms_norm(const float* x, float* y, size_t stride, const float* weight, int width,
+                     int groups, float eps, int first, int last) {
+  const int vectors = (width + kLanes - 1) / kLanes;
+  for (int row = first; row < last; ++row) {
+    for (int g = 0; g < groups; ++g) {
+      const float* source = x + row * stride + static_cast<size_t>(g) * width;
+      float* target = y + row * stride + static_cast<size_t>(g) * width;
+      F squares = F::set(0.0f);
+      for (int i = 0; i < vectors; ++i) {
+        const F v = F::load(source + i * kLanes);
+        squares = fma(v, v, squares);
+      }
+      const float mean = reduce_add(squares) / static_cast<float>(width);
+      const F inverse = F::set(1.0f / std::sqrt(mean + eps));
+      for (int i = 0; i < vectors; ++i) {
+        (F::load(source + i * kLanes) * inverse * F::load(weight + i * kLanes))
+            .store(target + i * kLanes);
+      }
+    }
+  }
+}
+
+inline F sigmoid(F x) { return F::set(1.0f) / (F::set(1.0f) + exp16(F::set(0.0f) - x)); }
+
+// activation(gate) * up; silu(g) = g sigmoid(g); gelu by its tanh form (Hendrycks & Gimpel 2016),
+// where (1 + tanh(u)) / 2 = sigmoid(2u).
+inline void gated(const float* gate, const float* up, float* y, size_t stride, bool gelu, int first,
+                  int last) {
+  for (size_t i = first * stride; i < last * stride; i += kLanes) {
+    const F g = F::load(gate + i);
+    F u = g;
+    if (gelu) {
+      u = fma(g * g * g, F::set(0.044715f), g) * F::set(1.5957691216057308f);  // 2 sqrt(2 / pi)
+    }
+    (g * sigmoid(u) * F::load(up + i)).store(y + i);
+  }
+}
+
+inline void add(const float* a, const float* b, float* y, size_t stride, int first, int last) {
+  for (size_t i = first * stride; i < last * stride; i += kLanes) {
+    (F::load(a + i) + F::load(b + i)).store(y + i);
+  }
+}
+
+// Rotates each head in place; cos and sin are (positions, head_dim / 2).
+inline void rope(float* x, size_t stride, int heads, int head_dim, const float* cos,
+                 const float* sin, bool interleaved, const int32_t* positions, int first,
+                 int last) {
+  const int half = head_dim / 2;
+  const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+  for (int row = first; row < last; ++row) {
+    const float* c = cos + static_cast<size_t>(positions[row]) * half;
+    const float* s = sin + static_cast<size_t>(positions[row]) * half;
+    for (int head = 0; head < heads; ++head) {
+      float* values = x + row * stride + static_cast<size_t>(head) * head_dim;
+      for (int i = 0; i < half; ++i) {
+        const float a = values[i * step], b = values[i * step + apart];
+        values[i * step] = __builtin_fmaf(a, c[i], -(b * s[i]));
+        values[i * step + apart] = __builtin_fmaf(b, c[i], a * s[i]);
+      }
+    }
+  }
+}
+
+// Stores K transposed and V as it is; values beyond the range of f16 are clamped to its ends.
+inline void write_kv(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
+                     const int32_t* block, const int32_t* slot, int first, int last) {
+  const F top = F::set(65504.0f), bottom = F::set(-65504.0f);
+  alignas(64) uint16_t halves[kLanes];
+  for (int row = first; row < last; ++row) {
+    for (int head = 0; head < kv.num_kv_heads; ++head) {
+      const size_t from = row * stride + static_cast<size_t>(head) * kv.head_dim;
+      uint8_t* keys = kv.keys(layer, block[row], head);
+      uint8_t* values = kv.values(layer, block[row], head);
+      for (int d = 0; d < kv.head_dim; d += kLanes) {
+        const size_t value_at = static_cast<size_t>(slot[row]) * kv.head_dim + d;
+        if (kv.half) {
+          auto* keys16 = reinterpret_cast<uint16_t*>(keys);
+          min(max(F::load(k + from + d), bottom), top).store_f16(halves);
+          for (int i = 0; i < kLanes; ++i) keys16[(d + i) * kLanes + slot[row]] = halves[i];
+          min(max(F::load(v + from + d), bottom), top)
+              .store_f16(reinterpret_cast<uint16_t*>(values) + value_at);
+        } else {
+          auto* keys32 = reinterpret_cast<float*>(keys);
+          for (int i = 0; i < kLanes; ++i) keys32[(d + i) * kLanes + slot[row]] = k[from + d + i];
+          F::load(v + from + d).store(reinterpret_cast<float*>(values) + value_at);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace twostroke::TS_ISA

@@ -1,0 +1,77 @@
+// Sixteen lanes of float, int32 or packed bytes, for one instruction set at a time.
+//
+// Included by each isa_*.cpp after it defines TS_AVX512, TS_AVX2 or neither, and TS_ISA, the
+// namespace everything lives in. All three versions round alike, operation for operation, so a
+// kernel written against these types gives the same bits on every machine:
+//   F   16 floats       fma is always fused
+//   B   64 bytes        weights: 16 lanes of 4 consecutive inputs, unsigned
+//   Dot 16 int32 sums   of weight bytes times four broadcast signed bytes; exact
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "half.h"
+
+#if defined(TS_AVX512) || defined(TS_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace twostroke::TS_ISA {
+
+inline uint32_t load_u32(const void* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+#if defined(TS_AVX512)
+#include "simd_avx512.inl"
+#elif defined(TS_AVX2)
+#include "simd_avx2.inl"
+#else
+#include "simd_portable.inl"
+#endif
+
+// Sums the 16 lanes in a fixed tree.
+inline float reduce_add(F x) {
+  alignas(64) float v[16];
+  x.store(v);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+inline float reduce_max(F x) {
+  alignas(64) float v[16];
+  x.store(v);
+  float best = v[0];
+  for (int i = 1; i < 16; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x to about one unit in the last place (Cody-Waite reduction, degree-6 polynomial). Below -87
+// the answer is 0, above 88 it is e^88; NaN gives 0.
+inline F exp16(F x) {
+  const F low = F::set(-87.0f);
+  const F clamped = min(max(x, low), F::set(88.0f));
+  const F magic = F::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = fma(clamped, F::set(1.44269504088896341f), magic);
+  const F n = shifted - magic;
+  F r = fma(n, F::set(-0.693359375f), clamped);
+  r = fma(n, F::set(2.12194440e-4f), r);
+  F p = F::set(1.9875691500e-4f);
+  p = fma(p, r, F::set(1.3981999507e-3f));
+  p = fma(p, r, F::set(8.3334519073e-3f));
+  p = fma(p, r, F::set(4.1665795894e-2f));
+  p = fma(p, r, F::set(1.6666665459e-1f));
+  p = fma(p, r, F::set(5.0000001201e-1f));
+  p = fma(p, r * r, r) + F::set(1.0f);
+  return select_greater(x, low, scale_by_power(p, shifted), F::set(0.0f));
+}
+
+}  // namespace twostroke::TS_ISA
