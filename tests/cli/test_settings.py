@@ -1,0 +1,119 @@
+"""Laws of settling the engine's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from twostroke.cli.machine import Machine
+from twostroke.cli.settings import (
+    BLOCK_TOKENS,
+    KV_MEMORY_SHARE,
+    EngineSettings,
+    format_bytes,
+    parse_bytes,
+    resolve_settings,
+)
+from twostroke.errors import InvalidParameter
+from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
+
+MACHINE = Machine(6, "cores", 2**34, "memory")
+CONTEXT = 1000
+
+
+def make_spec(context_tokens: int = CONTEXT) -> ModelSpec:
+    return ModelSpec(
+        family="llama",
+        name="tiny",
+        width=64,
+        ffn_width=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        context_tokens=context_tokens,
+        norm_eps=1e-5,
+        attention_scale=0.25,
+        rope_layout=RopeLayout.HALF,
+        layers=(LayerSpec(RopeSpec(10_000.0)),) * 2,
+    )
+
+
+def test_threads_default_to_the_machines_cores() -> None:
+    assert resolve_settings(EngineSettings(model="m"), make_spec(), MACHINE).threads == 6
+
+
+def test_the_pool_holds_every_row_at_full_context_where_memory_allows() -> None:
+    resolved = resolve_settings(EngineSettings(model="m", max_rows=3), make_spec(), MACHINE)
+    assert resolved.num_blocks == 3 * -(-CONTEXT // BLOCK_TOKENS)
+
+
+def test_the_pool_takes_no_more_than_its_share_of_memory() -> None:
+    small = Machine(6, "cores", 2**21, "memory")
+    resolved = resolve_settings(EngineSettings(model="m"), make_spec(100_000), small)
+    block_bytes = BLOCK_TOKENS * make_spec().get_kv_bytes_per_token()
+    assert resolved.kv_bytes <= small.available_bytes // KV_MEMORY_SHARE
+    assert resolved.kv_bytes > small.available_bytes // KV_MEMORY_SHARE - block_bytes
+
+
+def test_the_pool_has_the_size_asked_for() -> None:
+    block_bytes = BLOCK_TOKENS * make_spec().get_kv_bytes_per_token()
+    for kv_memory in (10 * block_bytes, 11 * block_bytes - 1, f"{10 * block_bytes}"):
+        wanted = EngineSettings(model="m", kv_memory=kv_memory)
+        assert resolve_settings(wanted, make_spec(), MACHINE).num_blocks == 10
+
+
+def test_the_reference_backend_keeps_kv_in_four_bytes() -> None:
+    native = resolve_settings(EngineSettings(model="m"), make_spec(), MACHINE)
+    reference = resolve_settings(
+        EngineSettings(model="m", backend="reference"), make_spec(), MACHINE
+    )
+    assert reference.kv_bytes == 2 * native.kv_bytes
+
+
+def test_rows_never_outnumber_the_step_budget() -> None:
+    resolved = resolve_settings(EngineSettings(model="m", step_tokens=16), make_spec(), MACHINE)
+    assert resolved.max_rows == 16
+
+
+def test_every_setting_gives_its_reason() -> None:
+    for wanted in (EngineSettings(model="m"), EngineSettings(model="m", threads=2, kv_memory="1M")):
+        choices = resolve_settings(wanted, make_spec(), MACHINE).choices
+        assert all(choice.name and choice.value and choice.reason for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "wanted"),
+    [
+        ("backend", EngineSettings(model="m", backend="cuda")),
+        ("threads", EngineSettings(model="m", threads=0)),
+        ("threads", EngineSettings(model="m", threads=True)),
+        ("threads", EngineSettings(model="m", threads=10**9)),
+        ("max_rows", EngineSettings(model="m", max_rows=0)),
+        ("max_rows", EngineSettings(model="m", max_rows=32, step_tokens=16)),
+        ("step_tokens", EngineSettings(model="m", step_tokens=-1)),
+        ("block_tokens", EngineSettings(model="m", block_tokens=0)),
+        ("kv_memory", EngineSettings(model="m", kv_memory="lots")),
+        ("kv_memory", EngineSettings(model="m", kv_memory="-1GiB")),
+        ("kv_memory", EngineSettings(model="m", kv_memory=100)),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(parameter: str, wanted: EngineSettings) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        resolve_settings(wanted, make_spec(), MACHINE)
+    assert caught.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("17", 17), ("2K", 2048), ("512MiB", 2**29), ("1.5 GB", 3 * 2**29), ("1tib", 2**40)],
+)
+def test_sizes_are_read_in_units_of_1024(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(12, "12 B"), (1536, "1.5 KiB"), (2**20, "1 MiB"), (999 * 2**20, "999 MiB")],
+)
+def test_sizes_are_shown_in_units_of_1024(count: int, text: str) -> None:
+    assert format_bytes(count) == text
