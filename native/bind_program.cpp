@@ -41,6 +41,8 @@ struct BoundProgram {
         kv(make_pool(memory, kv_shape, half)),
         max_tokens(max_tokens),
         max_logit_rows(max_logit_rows) {}
+  BoundProgram(const BoundProgram&) = delete;
+  BoundProgram& operator=(const BoundProgram&) = delete;
 
   // kv_shape is (layers, blocks, kv_heads, head_dim).
   static KvPool make_pool(const Bytes& memory, const nb::tuple& shape, bool half) {

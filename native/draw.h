@@ -60,24 +60,20 @@ inline double get_uniform(uint64_t seed, uint64_t position, uint64_t index) {
 // ---- passes over a row --------------------------------------------------------------------------
 
 // Four doubles at once (GNU vector types: any instruction set, lane by lane the same result).
+constexpr int kWidth = 4;
 typedef double Doubles __attribute__((vector_size(32)));
 typedef uint64_t Words __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(16)));
 
-// exp(x) for x <= 0; 0 for NaN and below -708; relative error below 1e-14. Real and Word are double
-// and uint64_t, or the vectors of them.
-template <class Real, class Word>
-inline Real exp_nonpositive(const Real& x) {
+// exp(x) for x <= 0; 0 for NaN and below -708; relative error below 1e-9.
+inline Doubles exp_nonpositive(const Doubles& x) {
   constexpr double kShift = 0x1.8p52;  // adding it rounds to an integer held in the low bits
-  const Real zero{};
-  const Real clamped = x > -708.0 ? x : zero - 708.0;
-  const Real shifted = clamped * 1.4426950408889634 + kShift;
-  const Real n = shifted - kShift;
-  const Real r = (clamped - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;  // n ln2, two parts
-  Real sum = r * (1.0 / 39916800) + 1.0 / 3628800;  // Taylor to r^11, |r| <= ln2 / 2
-  sum = sum * r + 1.0 / 362880;
-  sum = sum * r + 1.0 / 40320;
-  sum = sum * r + 1.0 / 5040;
+  const Doubles zero{};
+  const Doubles clamped = x > -708.0 ? x : zero - 708.0;
+  const Doubles shifted = clamped * 1.4426950408889634 + kShift;
+  const Doubles n = shifted - kShift;
+  const Doubles r = clamped - n * 0.6931471805599453;
+  Doubles sum = r * (1.0 / 40320) + 1.0 / 5040;  // Taylor to r^8, |r| <= ln2 / 2
   sum = sum * r + 1.0 / 720;
   sum = sum * r + 1.0 / 120;
   sum = sum * r + 1.0 / 24;
@@ -85,8 +81,8 @@ inline Real exp_nonpositive(const Real& x) {
   sum = sum * r + 0.5;
   sum = sum * r + 1.0;
   sum = sum * r + 1.0;
-  const Word exponent = (std::bit_cast<Word>(shifted) + 1023) << 52;
-  return x >= -708.0 ? sum * std::bit_cast<Real>(exponent) : zero;
+  const Words exponent = (std::bit_cast<Words>(shifted) + 1023) << 52;
+  return x >= -708.0 ? sum * std::bit_cast<Doubles>(exponent) : zero;
 }
 
 inline double get_shifted(float x, float largest) {
@@ -122,7 +118,7 @@ inline int32_t find_argmax(const float* x, int64_t count) {
 
 // Sum of exp((x - largest) * scale) in fixed lanes; the last block is padded with zero weights.
 inline double sum_exp(const float* x, int64_t count, float largest, double scale) {
-  constexpr int kWidth = 4, kVectors = 4, kBlockLanes = kVectors * kWidth;
+  constexpr int kVectors = 4, kBlockLanes = kVectors * kWidth;
   if (largest == kInfinity) return static_cast<double>(std::count(x, x + count, largest));
   Doubles lanes[kVectors] = {};
   auto add = [&](const float* block) {
@@ -130,7 +126,7 @@ inline double sum_exp(const float* x, int64_t count, float largest, double scale
       Floats values;
       std::memcpy(&values, block + j * kWidth, sizeof(values));
       const Doubles shifted = __builtin_convertvector(values, Doubles) - largest;
-      lanes[j] += exp_nonpositive<Doubles, Words>(shifted * scale);
+      lanes[j] += exp_nonpositive(shifted * scale);
     }
   };
   int64_t i = 0;
@@ -202,39 +198,70 @@ struct Prefix {
   double mass;   // their weights' sum
 };
 
-// Reorders [0, count) so that the shortest prefix of the descending order whose mass reaches
-// `target` (with `beyond`: exceeds it) comes first, its last candidate in place. The whole, sorted
-// at its end, where rounding leaves the total short. Weights are positive, count at least 1.
-inline Prefix find_prefix(Candidate* items, size_t count, double target, bool beyond) {
+// Splits items[first, last) by value into equal steps from `high` down to `low` and finds the step
+// where `mass`, the weight of what stands before, crosses `target`. Moves what is better before it
+// and what is worse behind it, each in its old order; narrows first and last to it; adds to `mass`.
+inline void narrow(std::vector<Candidate>& items, std::vector<Candidate>& spare, size_t& first,
+                   size_t& last, double& mass, double target, bool beyond, double low,
+                   double high) {
+  constexpr int kSteps = 256;
+  const double per_value = (kSteps - 1) / (high - low);
+  auto get_step = [=](const Candidate& c) {
+    return static_cast<int>((high - static_cast<double>(c.value)) * per_value);
+  };
+  std::array<double, kSteps> masses{};
+  for (size_t i = first; i < last; ++i) masses[get_step(items[i])] += items[i].weight;
+  int hit = 0;
+  while (hit < kSteps - 1) {
+    const double next = mass + masses[hit];
+    if (beyond ? next > target : next >= target) break;
+    mass = next;
+    ++hit;
+  }
+  spare.assign(items.begin() + first, items.begin() + last);
+  std::array<size_t, 3> counts{};
+  auto get_side = [=](const Candidate& c) {
+    const int step = get_step(c);
+    return (step >= hit) + (step > hit);
+  };
+  for (const auto& item : spare) ++counts[get_side(item)];
+  std::array<size_t, 3> next{first, first + counts[0], first + counts[0] + counts[1]};
+  first = next[1];
+  last = next[2];
+  for (const auto& item : spare) items[next[get_side(item)]++] = item;
+}
+
+// Reorders the items so that the shortest prefix of the descending order whose mass reaches
+// `target` (with `beyond`: exceeds it) comes first. That is all of them where rounding leaves the
+// total short. Weights are positive, ids rise, and there is at least one item.
+inline Prefix find_prefix(std::vector<Candidate>& items, std::vector<Candidate>& spare,
+                          double target, bool beyond) {
   constexpr size_t kSmall = 64;
-  size_t first = 0, last = count;  // the crossing is in [first, last)
-  double before = 0;
+  size_t first = 0, last = items.size();  // the crossing is in [first, last)
+  double mass = 0;
   while (last - first > kSmall) {
-    // Mass sits in front: an uneven split finds it in fewer moves.
-    const size_t middle = first + (last - first) / 8;
-    std::nth_element(items + first, items + middle, items + last, better);
-    double mass = before;
-    for (size_t i = first; i < middle; ++i) mass += items[i].weight;
-    if (beyond ? mass > target : mass >= target) {
-      last = middle;
-    } else {
-      before = mass;
-      first = middle;
-    }
+    const auto [low, high] = std::minmax_element(
+        items.begin() + first, items.begin() + last,
+        [](const Candidate& a, const Candidate& b) { return a.value < b.value; });
+    if (low->value == high->value) break;
+    narrow(items, spare, first, last, mass, target, beyond, low->value, high->value);
   }
-  std::sort(items + first, items + last, better);
+  if (last - first <= kSmall) std::sort(items.begin() + first, items.begin() + last, better);
   for (size_t i = first; i < last; ++i) {
-    before += items[i].weight;
-    if (beyond ? before > target : before >= target) return {i + 1, before};
+    mass += items[i].weight;
+    if (beyond ? mass > target : mass >= target) return {i + 1, mass};
   }
-  return {last, before};
+  return {last, mass};
 }
 
 inline double weigh(std::vector<Candidate>& items, float largest, double scale) {
   double mass = 0;
-  for (auto& item : items) {
-    item.weight = exp_nonpositive<double, uint64_t>(get_shifted(item.value, largest) * scale);
-    mass += item.weight;
+  for (size_t i = 0; i < items.size(); i += kWidth) {
+    const size_t width = std::min<size_t>(kWidth, items.size() - i);
+    Doubles x{};
+    for (size_t j = 0; j < width; ++j) x[j] = get_shifted(items[i + j].value, largest) * scale;
+    x = exp_nonpositive(x);
+    for (size_t j = 0; j < width; ++j) mass += items[i + j].weight = x[j];
   }
   return mass;
 }
@@ -268,7 +295,7 @@ struct RowSpec {
 struct Scratch {
   std::vector<float> adjusted;
   std::vector<uint32_t> counts;  // all zero between rows
-  std::vector<Candidate> near, far;
+  std::vector<Candidate> near, far, spare;
 };
 
 // The tokens that may be drawn: `near` ones, and `far` ones collected only when reached.
@@ -276,7 +303,7 @@ class Distribution {
  public:
   Distribution(const float* x, int64_t vocab, float largest, const RowSpec& spec, Scratch& scratch)
       : x_(x), vocab_(vocab), largest_(largest), scale_(1 / spec.temperature),
-        near_(scratch.near), far_(scratch.far) {
+        near_(scratch.near), far_(scratch.far), spare_(scratch.spare) {
     near_.clear();
     far_.clear();
     const double min_p = std::min(spec.min_p, 1.0);
@@ -298,12 +325,12 @@ class Distribution {
   void keep_mass(double top_p) {
     const double target = top_p * total_;
     if (!is_far(target, false)) {
-      const Prefix kept = find_prefix(near_.data(), near_.size(), target, false);
+      const Prefix kept = find_prefix(near_, spare_, target, false);
       near_.resize(kept.count);
       mass_ = near_mass_ = kept.mass;
       has_far_ = false;
     } else if (has_far_) {
-      const Prefix kept = find_prefix(far_.data(), far_.size(), target - near_mass_, false);
+      const Prefix kept = find_prefix(far_, spare_, target - near_mass_, false);
       far_.resize(kept.count);
       mass_ = near_mass_ + kept.mass;
     }
@@ -313,8 +340,7 @@ class Distribution {
     const double target = uniform * mass_;
     const bool far = is_far(target, true) && has_far_;
     auto& items = far ? far_ : near_;
-    const Prefix drawn =
-        find_prefix(items.data(), items.size(), far ? target - near_mass_ : target, true);
+    const Prefix drawn = find_prefix(items, spare_, far ? target - near_mass_ : target, true);
     return items[drawn.count - 1].token;
   }
 
@@ -336,7 +362,7 @@ class Distribution {
   float largest_;
   double scale_;
   float threshold_ = 0;
-  std::vector<Candidate>&near_, &far_;
+  std::vector<Candidate>&near_, &far_, &spare_;
   bool has_far_ = false;
   double total_ = 0, near_mass_ = 0, mass_ = 0;
 };

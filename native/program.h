@@ -30,6 +30,8 @@ struct StepView {  // borrowed arrays, as in kernels/ops.py: StepArrays
 class Program {
  public:
   Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_tokens, int max_logit_rows);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
 
   // A float buffer of `width` values a row. `place` is where it starts in the arena, in floats a
   // row: buffers whose lives do not overlap may share a place.
@@ -86,7 +88,6 @@ class Program {
     std::vector<Unit> units;
     std::vector<Merge> merges;
   };
-  static constexpr size_t kCounterStride = 16;  // ints: a cache line each
 
   void record(std::string name, bool barrier, std::function<void(int, int)> run);
   void run(std::vector<Op>& ops);

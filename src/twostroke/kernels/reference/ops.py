@@ -1,0 +1,143 @@
+"""The op table in plain NumPy, float32, written to be read beside the papers.
+
+It holds weights as float32 matrices and KV as float32 arrays of blocks, and materialises scores.
+It is the measure for every other backend and is never tuned; a step's rows are computed one by
+one, so no row can influence another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twostroke.kernels.ops import F32, KVShape, OpTable, RopeTable, StepArrays
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceKV:
+    """KV of all layers: `keys` and `values` (layers, blocks, block_tokens, kv_heads, head_dim)."""
+
+    keys: NDArray[np.floating]
+    values: NDArray[np.floating]
+
+
+def new_kv(shape: KVShape) -> ReferenceKV:
+    """An empty pool of the given shape in its element type."""
+    extents = (
+        shape.num_layers,
+        shape.num_blocks,
+        shape.block_tokens,
+        shape.num_kv_heads,
+        shape.head_dim,
+    )
+    element = np.float16 if shape.element == "f16" else np.float32
+    return ReferenceKV(np.zeros(extents, element), np.zeros(extents, element))
+
+
+def make_ops(kv: ReferenceKV) -> OpTable:
+    """The reference op table over this KV pool."""
+    return OpTable(
+        name="reference",
+        embed=embed,
+        rms_norm=rms_norm,
+        linear=linear,
+        rope=rope,
+        write_kv=lambda step, layer, k, v: write_kv(kv, step, layer, (k, v)),
+        attention=lambda step, layer, q, scale, window: attention(
+            kv, step, layer, (q, scale, window)
+        ),
+        gated=gated,
+        add=lambda x, y: x + y,
+        take_rows=lambda step, x: x[step.logit_rows],
+        logits=lambda x, weight: linear(x, weight, None),
+        all_reduce=lambda x: x,
+    )
+
+
+def embed(step: StepArrays, table: F32, scale: float) -> F32:
+    """Rows of `table` (vocab, width) for step.tokens, times scale: (T, width)."""
+    return table[step.tokens] * np.float32(scale)
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """x / sqrt(mean(x^2) + eps) * weight over groups of weight's length (Zhang & Sennrich 2019)."""
+    groups = x.reshape(*x.shape[:-1], -1, weight.size)
+    mean = np.mean(groups * groups, axis=-1, keepdims=True, dtype=np.float32)
+    return (groups / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
+
+
+def linear(x: F32, weight: F32, bias: F32 | None) -> F32:
+    """x (T, in) @ weight (out, in) transposed, plus bias (out,)."""
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def rope(step: StepArrays, x: F32, table: RopeTable) -> F32:
+    """Rotates the pairs of every head of x (T, heads*head_dim) (Su et al. 2021, §3.4.2)."""
+    half = table.cos.shape[1]
+    heads = x.reshape(x.shape[0], -1, 2 * half)
+    cos = table.cos[step.positions][:, None, :]
+    sin = table.sin[step.positions][:, None, :]
+    y = np.empty_like(heads)
+    if table.layout == "interleaved":
+        first, second = slice(0, None, 2), slice(1, None, 2)
+    else:
+        first, second = slice(0, half), slice(half, None)
+    a, b = heads[..., first], heads[..., second]
+    y[..., first] = a * cos - b * sin
+    y[..., second] = b * cos + a * sin
+    return y.reshape(x.shape)
+
+
+def write_kv(kv: ReferenceKV, step: StepArrays, layer: int, pair: tuple[F32, F32]) -> None:
+    """Stores k and v (T, kv_heads*head_dim) in the blocks of their tokens' positions."""
+    block_tokens, kv_heads, head_dim = kv.keys.shape[2:]
+    for row in range(len(step.row_offsets) - 1):
+        tokens = slice(step.row_offsets[row], step.row_offsets[row + 1])
+        positions = step.positions[tokens]
+        blocks = step.block_tables[row, positions // block_tokens]
+        slots = positions % block_tokens
+        for pool, values in zip((kv.keys, kv.values), pair, strict=True):
+            pool[layer, blocks, slots] = values[tokens].reshape(-1, kv_heads, head_dim)
+
+
+def attention(
+    kv: ReferenceKV, step: StepArrays, layer: int, query: tuple[F32, float, int | None]
+) -> F32:
+    """softmax(scale q k^T + causal and window mask) v over each row's own blocks.
+
+    query is (q (T, heads*head_dim), scale, window). Grouped heads share KV heads in order.
+    """
+    q, scale, window = query
+    block_tokens, kv_heads, head_dim = kv.keys.shape[2:]
+    y = np.empty_like(q)
+    for row in range(len(step.row_offsets) - 1):
+        tokens = slice(step.row_offsets[row], step.row_offsets[row + 1])
+        positions = step.positions[tokens]
+        length = int(positions[-1]) + 1
+        blocks = step.block_tables[row, : -(-length // block_tokens)]
+        k, v = (
+            pool[layer, blocks].reshape(-1, kv_heads, head_dim)[:length].astype(np.float32)
+            for pool in (kv.keys, kv.values)
+        )
+        heads = q[tokens].reshape(len(positions), kv_heads, -1, head_dim) * np.float32(scale)
+        scores = np.einsum("tghd,kgd->tghk", heads, k, optimize=True)
+        distance = positions[:, None] - np.arange(length)[None, :]
+        hidden = (distance < 0) | (distance >= (window or length + 1))
+        scores = np.where(hidden[:, None, None, :], np.float32(-np.inf), scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        y[tokens] = np.einsum("tghk,kgd->tghd", weights, v, optimize=True).reshape(
+            len(positions), -1
+        )
+    return y
+
+
+def gated(gate: F32, up: F32, activation: str) -> F32:
+    """activation(gate) * up: silu (Elfwing et al. 2018) or the tanh form of gelu."""
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+    return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
