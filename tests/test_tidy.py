@@ -22,7 +22,7 @@ MAX_ENVIRONMENT_VARIABLES = 5
 SOURCE = REPO / "src" / "twostroke"
 PYTHON_FILES = sorted([*SOURCE.rglob("*.py"), *(REPO / "tests").rglob("*.py")])
 NATIVE_FILES = sorted(
-    path for path in (REPO / "native").rglob("*") if path.suffix in (".cpp", ".h", ".hpp")
+    path for path in (REPO / "native").rglob("*") if path.suffix in (".cpp", ".h", ".inl")
 )
 TEXT_FILES = sorted(
     [

@@ -91,7 +91,6 @@ def test_every_setting_gives_its_reason() -> None:
         ("max_rows", EngineSettings(model="m", max_rows=0)),
         ("max_rows", EngineSettings(model="m", max_rows=32, step_tokens=16)),
         ("step_tokens", EngineSettings(model="m", step_tokens=-1)),
-        ("block_tokens", EngineSettings(model="m", block_tokens=0)),
         ("kv_memory", EngineSettings(model="m", kv_memory="lots")),
         ("kv_memory", EngineSettings(model="m", kv_memory="-1GiB")),
         ("kv_memory", EngineSettings(model="m", kv_memory=100)),

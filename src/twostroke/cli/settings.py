@@ -15,6 +15,7 @@ from twostroke.errors import InvalidParameter
 from twostroke.spec.model import ModelSpec
 
 BACKENDS = ("cpu", "reference")
+# The native kernels walk keys sixteen at a time, one vector register wide.
 BLOCK_TOKENS = 16
 STEP_TOKENS = 512
 MAX_ROWS = 64
@@ -32,7 +33,7 @@ class EngineSettings:
     """What a user asked for; None leaves the choice to the engine.
 
     model: name, path or org/name. kv_memory: bytes, or text such as "512MiB". step_tokens: token
-    budget of one step. max_rows: most sequences in one step. block_tokens: tokens of a KV block.
+    budget of one step. max_rows: most sequences in one step.
     """
 
     model: str
@@ -41,7 +42,6 @@ class EngineSettings:
     kv_memory: int | str | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
-    block_tokens: int = BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +82,14 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
     budget, budget_reason = _pick("step_tokens", wanted.step_tokens, STEP_TOKENS, 2**20)
     # More rows than tokens in a step would let some decodes wait for others.
     rows, rows_reason = _pick("max_rows", wanted.max_rows, min(MAX_ROWS, budget), budget)
-    block_tokens = _check_count("block_tokens", wanted.block_tokens, 1024)
-    block_bytes = block_tokens * spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES[wanted.backend])
-    blocks, pool_reason = _size_pool(wanted, spec, machine, (rows, block_tokens, block_bytes))
-    pool = f"{format_bytes(blocks * block_bytes)} = {blocks * block_tokens:,} tokens"
+    block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES[wanted.backend])
+    blocks, pool_reason = _size_pool(wanted, spec, machine, rows, block_bytes)
+    pool = f"{format_bytes(blocks * block_bytes)} = {blocks * BLOCK_TOKENS:,} tokens"
     return ResolvedSettings(
         backend=wanted.backend,
         threads=threads,
         num_blocks=blocks,
-        block_tokens=block_tokens,
+        block_tokens=BLOCK_TOKENS,
         step_tokens=budget,
         max_rows=rows,
         kv_bytes=blocks * block_bytes,
@@ -124,11 +123,10 @@ def format_bytes(count: int) -> str:
 
 
 def _size_pool(
-    wanted: EngineSettings, spec: ModelSpec, machine: Machine, sizes: tuple[int, int, int]
+    wanted: EngineSettings, spec: ModelSpec, machine: Machine, rows: int, block_bytes: int
 ) -> tuple[int, str]:
-    """Blocks of the KV pool and why; sizes are (rows, block_tokens, block_bytes)."""
-    rows, block_tokens, block_bytes = sizes
-    context_blocks = -(-spec.context_tokens // block_tokens)
+    """Blocks of the KV pool and why."""
+    context_blocks = -(-spec.context_tokens // BLOCK_TOKENS)
     if wanted.kv_memory is not None:
         asked = wanted.kv_memory
         kv_bytes = parse_bytes(asked) if isinstance(asked, str) else asked
