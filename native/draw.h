@@ -1,43 +1,27 @@
-// Drawing tokens from one row of logits, and scoring given tokens.
+// Drawing a token from one row of logits, and scoring a given one.
 //
 // Owns the native twin of kernels/reference/sampling.py, which defines every step: same order, same
 // random numbers, same rounding of adjusted logits. A row's answer depends on its own inputs only:
-// sums run in a fixed lane order and no work is divided inside a row, so neither the other rows nor
-// the number of threads nor an array's alignment can change a bit.
+// no work is divided inside a row, so neither the other rows nor the number of threads can change
+// a bit.
 //
 // No full sort. Whatever is kept (top-k, top-p, min-p) is a prefix of the descending order, and so
-// is what the draw passes over; a prefix is found by its mass with a quickselect that weighs.
+// is what the draw passes over; a prefix is found by its mass, narrowing by value step by step.
 #pragma once
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-namespace twostroke {
+#include "scan.h"
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kLanes = 32;
-constexpr int64_t kBlock = 1024;  // logits scanned between two looks at the result
+namespace twostroke::sampling {
 
 // Tokens this much less likely than the best are looked at only when the draw reaches them.
 constexpr double kFarWeight = 1e-4;
-
-struct Candidate {
-  float value;  // adjusted logit
-  int32_t token;
-  double weight;  // exp((value - max) / temperature)
-};
-
-inline bool better(const Candidate& a, const Candidate& b) {
-  return a.value > b.value || (a.value == b.value && a.token < b.token);
-}
-
-inline float clean(float x) { return x == x ? x : -kInfinity; }
 
 // ---- random numbers ----------------------------------------------------------------------------
 
@@ -57,140 +41,6 @@ inline double get_uniform(uint64_t seed, uint64_t position, uint64_t index) {
   return static_cast<double>((c[0] | uint64_t{c[1]} << 32) >> 11) * 0x1.0p-53;
 }
 
-// ---- passes over a row --------------------------------------------------------------------------
-
-// Four doubles at once (GNU vector types: any instruction set, lane by lane the same result).
-constexpr int kWidth = 4;
-typedef double Doubles __attribute__((vector_size(32)));
-typedef uint64_t Words __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(16)));
-
-// exp(x) for x <= 0; 0 for NaN and below -708; relative error below 1e-9.
-inline Doubles exp_nonpositive(const Doubles& x) {
-  constexpr double kShift = 0x1.8p52;  // adding it rounds to an integer held in the low bits
-  const Doubles zero{};
-  const Doubles clamped = x > -708.0 ? x : zero - 708.0;
-  const Doubles shifted = clamped * 1.4426950408889634 + kShift;
-  const Doubles n = shifted - kShift;
-  const Doubles r = clamped - n * 0.6931471805599453;
-  Doubles sum = r * (1.0 / 40320) + 1.0 / 5040;  // Taylor to r^8, |r| <= ln2 / 2
-  sum = sum * r + 1.0 / 720;
-  sum = sum * r + 1.0 / 120;
-  sum = sum * r + 1.0 / 24;
-  sum = sum * r + 1.0 / 6;
-  sum = sum * r + 0.5;
-  sum = sum * r + 1.0;
-  sum = sum * r + 1.0;
-  const Words exponent = (std::bit_cast<Words>(shifted) + 1023) << 52;
-  return x >= -708.0 ? sum * std::bit_cast<Doubles>(exponent) : zero;
-}
-
-inline double get_shifted(float x, float largest) {
-  return x == largest ? 0.0 : static_cast<double>(x) - static_cast<double>(largest);
-}
-
-// Largest of `count` logits; NaN is passed over, -inf when there is nothing else.
-inline float find_max(const float* x, int64_t count) {
-  float lane[kLanes];
-  std::fill_n(lane, kLanes, -kInfinity);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-  }
-  float best = -kInfinity;
-  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
-  for (int j = 0; j < kLanes; ++j) best = lane[j] > best ? lane[j] : best;
-  return best;
-}
-
-// Smallest id of the largest logit.
-inline int32_t find_argmax(const float* x, int64_t count) {
-  float best = -kInfinity;
-  int64_t start = 0;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const float block = find_max(x + i, std::min(kBlock, count - i));
-    if (block > best) best = block, start = i;
-  }
-  if (best == -kInfinity) return 0;
-  while (x[start] != best) ++start;
-  return static_cast<int32_t>(start);
-}
-
-// Sum of exp((x - largest) * scale) in fixed lanes; the last block is padded with zero weights.
-inline double sum_exp(const float* x, int64_t count, float largest, double scale) {
-  constexpr int kVectors = 4, kBlockLanes = kVectors * kWidth;
-  if (largest == kInfinity) return static_cast<double>(std::count(x, x + count, largest));
-  Doubles lanes[kVectors] = {};
-  auto add = [&](const float* block) {
-    for (int j = 0; j < kVectors; ++j) {
-      Floats values;
-      std::memcpy(&values, block + j * kWidth, sizeof(values));
-      const Doubles shifted = __builtin_convertvector(values, Doubles) - largest;
-      lanes[j] += exp_nonpositive(shifted * scale);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kBlockLanes <= count; i += kBlockLanes) add(x + i);
-  if (i < count) {
-    float tail[kBlockLanes];
-    std::fill_n(tail, kBlockLanes, -kInfinity);
-    std::copy(x + i, x + count, tail);
-    add(tail);
-  }
-  const Doubles all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  double sum = 0;
-  for (int j = 0; j < kWidth; ++j) sum += all[j];
-  return sum;
-}
-
-// Appends to `out` the tokens whose logit is at least `low`, ids rising.
-inline void collect_near(const float* x, int64_t count, float low, std::vector<Candidate>& out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t end = std::min<int64_t>(i + kLanes, count);
-    if (!(find_max(x + i, end - i) >= low)) continue;
-    for (int64_t token = i; token < end; ++token) {
-      if (x[token] >= low) out.push_back({x[token], static_cast<int32_t>(token), 0.0});
-    }
-  }
-}
-
-// Appends to `out` the finite logits below `low`, ids rising.
-inline void collect_far(const float* x, int64_t count, float low, std::vector<Candidate>& out) {
-  for (int64_t token = 0; token < count; ++token) {
-    if (x[token] < low && x[token] > -kInfinity) {
-      out.push_back({x[token], static_cast<int32_t>(token), 0.0});
-    }
-  }
-}
-
-// The `k` best tokens in descending order (fewer only when the row is shorter; NaN as -inf).
-inline void collect_top(const float* x, int64_t count, int64_t k, std::vector<Candidate>& out) {
-  out.clear();
-  k = std::min(k, count);
-  if (k <= 0) return;
-  const size_t full = static_cast<size_t>(std::max<int64_t>(2 * k, k + 256));
-  float threshold = -kInfinity;  // ids rise, so an equal value that comes later never gets in
-  bool open = true;              // until k are known, everything gets in
-  auto shrink = [&] {
-    if (static_cast<int64_t>(out.size()) <= k) return;
-    std::nth_element(out.begin(), out.begin() + (k - 1), out.end(), better);
-    out.resize(static_cast<size_t>(k));
-    threshold = out.back().value;
-    open = false;
-  };
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t end = std::min<int64_t>(i + kLanes, count);
-    if (!open && !(find_max(x + i, end - i) > threshold)) continue;
-    for (int64_t token = i; token < end; ++token) {
-      const float value = clean(x[token]);
-      if (open || value > threshold) out.push_back({value, static_cast<int32_t>(token), 0.0});
-    }
-    if (out.size() >= full) shrink();
-  }
-  shrink();
-  std::sort(out.begin(), out.end(), better);
-}
-
 // ---- prefixes of the descending order, by mass -------------------------------------------------
 
 struct Prefix {
@@ -198,60 +48,67 @@ struct Prefix {
   double mass;   // their weights' sum
 };
 
-// Splits items[first, last) by value into equal steps from `high` down to `low` and finds the step
-// where `mass`, the weight of what stands before, crosses `target`. Moves what is better before it
-// and what is worse behind it, each in its old order; narrows first and last to it; adds to `mass`.
-inline void narrow(std::vector<Candidate>& items, std::vector<Candidate>& spare, size_t& first,
-                   size_t& last, double& mass, double target, bool beyond, double low,
-                   double high) {
+// A search for the item where the running mass of the descending order crosses `target` (reaches
+// it; with `beyond`, exceeds it). It is among items[first, last); `mass` stands before them.
+struct Crossing {
+  double target;
+  bool beyond;
+  size_t first, last;
+  double mass = 0;
+  bool is_met(double sum) const { return beyond ? sum > target : sum >= target; }
+};
+
+// Splits the searched items by value into equal steps from `high` down to `low`, finds the step of
+// the crossing by the steps' masses, moves what is better before it and what is worse behind it,
+// each in its old order, and narrows the search to it.
+inline void narrow(std::vector<Candidate>& items, std::vector<Candidate>& spare, Crossing& search,
+                   double low, double high) {
   constexpr int kSteps = 256;
   const double per_value = (kSteps - 1) / (high - low);
   auto get_step = [=](const Candidate& c) {
     return static_cast<int>((high - static_cast<double>(c.value)) * per_value);
   };
+  spare.assign(items.begin() + search.first, items.begin() + search.last);
   std::array<double, kSteps> masses{};
-  for (size_t i = first; i < last; ++i) masses[get_step(items[i])] += items[i].weight;
+  for (const auto& item : spare) masses[get_step(item)] += item.weight;
   int hit = 0;
-  while (hit < kSteps - 1) {
-    const double next = mass + masses[hit];
-    if (beyond ? next > target : next >= target) break;
-    mass = next;
-    ++hit;
+  for (; hit < kSteps - 1 && !search.is_met(search.mass + masses[hit]); ++hit) {
+    search.mass += masses[hit];
   }
-  spare.assign(items.begin() + first, items.begin() + last);
-  std::array<size_t, 3> counts{};
   auto get_side = [=](const Candidate& c) {
     const int step = get_step(c);
     return (step >= hit) + (step > hit);
   };
+  std::array<size_t, 3> counts{};
   for (const auto& item : spare) ++counts[get_side(item)];
-  std::array<size_t, 3> next{first, first + counts[0], first + counts[0] + counts[1]};
-  first = next[1];
-  last = next[2];
+  const size_t start = search.first;
+  std::array<size_t, 3> next{start, start + counts[0], start + counts[0] + counts[1]};
+  search.first = next[1];
+  search.last = next[2];
   for (const auto& item : spare) items[next[get_side(item)]++] = item;
 }
 
-// Reorders the items so that the shortest prefix of the descending order whose mass reaches
-// `target` (with `beyond`: exceeds it) comes first. That is all of them where rounding leaves the
-// total short. Weights are positive, ids rise, and there is at least one item.
+// Reorders the items so that the shortest prefix of the descending order whose mass meets the
+// target comes first: all of them where rounding leaves the total short. Weights are positive,
+// equal values stand in order of rising id, and there is at least one item.
 inline Prefix find_prefix(std::vector<Candidate>& items, std::vector<Candidate>& spare,
                           double target, bool beyond) {
   constexpr size_t kSmall = 64;
-  size_t first = 0, last = items.size();  // the crossing is in [first, last)
-  double mass = 0;
-  while (last - first > kSmall) {
+  Crossing search{target, beyond, 0, items.size()};
+  auto begin = [&] { return items.begin() + search.first; };
+  auto end = [&] { return items.begin() + search.last; };
+  while (search.last - search.first > kSmall) {
     const auto [low, high] = std::minmax_element(
-        items.begin() + first, items.begin() + last,
-        [](const Candidate& a, const Candidate& b) { return a.value < b.value; });
+        begin(), end(), [](const Candidate& a, const Candidate& b) { return a.value < b.value; });
     if (low->value == high->value) break;
-    narrow(items, spare, first, last, mass, target, beyond, low->value, high->value);
+    narrow(items, spare, search, low->value, high->value);
   }
-  if (last - first <= kSmall) std::sort(items.begin() + first, items.begin() + last, better);
-  for (size_t i = first; i < last; ++i) {
-    mass += items[i].weight;
-    if (beyond ? mass > target : mass >= target) return {i + 1, mass};
+  if (search.last - search.first <= kSmall) std::sort(begin(), end(), better);
+  for (size_t i = search.first; i < search.last; ++i) {
+    search.mass += items[i].weight;
+    if (search.is_met(search.mass)) return {i + 1, search.mass};
   }
-  return {last, mass};
+  return {search.last, search.mass};
 }
 
 inline double weigh(std::vector<Candidate>& items, float largest, double scale) {
@@ -443,4 +300,4 @@ inline void score_row(const float* x, int64_t vocab, int32_t target, int32_t top
   }
 }
 
-}  // namespace twostroke
+}  // namespace twostroke::sampling

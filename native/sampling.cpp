@@ -18,7 +18,7 @@
 
 namespace nb = nanobind;
 
-namespace twostroke {
+namespace twostroke::sampling {
 namespace {
 
 template <class T, class... Shape>
@@ -163,14 +163,14 @@ nb::tuple score(Logits logits, Input<int32_t, nb::ndim<1>> targets,
 }
 
 }  // namespace
-}  // namespace twostroke
+}  // namespace twostroke::sampling
 
 void bind_sampling(nb::module_& m) {
-  m.def("sample", &twostroke::sample, nb::arg("logits"), nb::arg("arrays"),
+  m.def("sample", &twostroke::sampling::sample, nb::arg("logits"), nb::arg("arrays"),
         nb::arg("pool").none() = nb::none(),
         "Draw one token per row: logits (L, vocab) float32, a SamplingArrays, a thread pool or "
         "None. Returns the fields of a Drawn.");
-  m.def("score", &twostroke::score, nb::arg("logits"), nb::arg("targets"), nb::arg("top"),
+  m.def("score", &twostroke::sampling::score, nb::arg("logits"), nb::arg("targets"), nb::arg("top"),
         nb::arg("pool").none() = nb::none(),
         "Log-probability of each row's target (L,) int32 with the `top` (L,) int32 most likely "
         "tokens. Returns the fields of a Drawn.");
