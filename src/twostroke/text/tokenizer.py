@@ -1,0 +1,289 @@
+"""Tokenizer: text to token ids and back, for every kind of vocabulary a model file brings.
+
+Owns the rules around the `tokenizers` library, which does the merging: special tokens are found
+first, then each piece between them is encoded by itself; a begin token is added where the
+vocabulary says so and never twice. Ids equal llama.cpp's for the same file, with one exception on
+purpose: with parse_special=False no control token ever comes out of plain text.
+
+decode(encode(text)) is the text again, with these exceptions: a SentencePiece vocabulary reads
+U+2581 as a space, and where it adds a space after a special token inside the text that space stays;
+a vocabulary that has no token for some byte (SmolLM2 lacks 21, six of them ASCII control
+characters) drops that byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from twostroke.errors import CorruptModel, InvalidParameter, UnsupportedModel
+from twostroke.spec.vocabulary import TokenType, Vocabulary, VocabularyKind
+from twostroke.text.merges import get_cuts
+from twostroke.text.pretokenize import build_pretokenizer, find_family
+from twostroke.text.special import SpecialMatcher
+from twostroke.text.tokens import SPACE_MARK, Spelling, TokenTable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Merger
+
+
+class Encoder(Protocol):
+    """Text to ids, without begin and end tokens.
+
+    parse_special: whether control tokens spelled out in the text become those tokens.
+    """
+
+    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The ids at the ends of a text, and whether they are added."""
+
+    bos: int | None
+    eos: int | None
+    stops: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+
+
+class Tokenizer:
+    """A model's tokenizer. Immutable, and safe to use from several threads."""
+
+    def __init__(
+        self, table: TokenTable, encoder: Encoder, ends: Ends, strips_space: bool = False
+    ) -> None:
+        """strips_space: the encoder puts a space before the text, which decoding takes away."""
+        self._table = table
+        self._encoder = encoder
+        self._ends = ends
+        self.strips_space = strips_space
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Tokenizer:
+        """See `build_tokenizer`."""
+        return build_tokenizer(vocabulary)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self._table)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, or None where the vocabulary has none."""
+        return self._ends.bos
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, or None where the vocabulary has none."""
+        return self._ends.eos
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens after which a model has nothing more to say."""
+        return self._ends.stops
+
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Token ids of `text`.
+
+        add_special: add the begin and end tokens the vocabulary asks for, unless they are there.
+        parse_special: read control tokens spelled out in the text as those tokens.
+        Raises InvalidParameter when `text` is not a string or holds a lone surrogate.
+        """
+        check_text("prompt", text)
+        ids = self._encoder.encode(text, parse_special)
+        if add_special:
+            bos, eos = self._ends.bos, self._ends.eos
+            if self._ends.add_bos and bos is not None and ids[:1] != [bos]:
+                ids.insert(0, bos)
+            if self._ends.add_eos and eos is not None and ids[-1:] != [eos]:
+                ids.append(eos)
+        return ids
+
+    def decode(
+        self, ids: Iterable[int], *, skip_special: bool = False, after_prompt: bool = False
+    ) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        skip_special: leave control tokens out. after_prompt: the ids continue a text, so a leading
+        space is the model's own and stays. Raises InvalidParameter for an id out of range.
+        """
+        strips = self.strips_space and not after_prompt
+        data: list[bytes] = []
+        for token in ids:
+            if self._table.is_control(token):
+                data.append(b"" if skip_special else self._table.get_bytes(token))
+                continue
+            piece = self._table.get_bytes(token)
+            data.append(piece.removeprefix(b" ") if strips else piece)
+            strips = False
+        return b"".join(data).decode("utf-8", errors="replace")
+
+    def get_token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; a control token's are those of its name.
+
+        Raises InvalidParameter for an id out of range.
+        """
+        return self._table.get_bytes(token)
+
+    def get_token_text(self, token: int) -> str:
+        """The token as its vocabulary spells it. Raises InvalidParameter for an id out of range."""
+        self._table.check(token)
+        return self._table.texts[token]
+
+    def is_control(self, token: int) -> bool:
+        """True for tokens that steer the model and are no text. Raises InvalidParameter."""
+        return self._table.is_control(token)
+
+    def has_token(self, text: str) -> bool:
+        """Whether a token is spelled exactly `text`."""
+        return text in self._table.texts
+
+
+def check_text(parameter: str, text: object) -> None:
+    """Raise InvalidParameter naming `parameter` unless `text` is a str that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise InvalidParameter(parameter, f"must be a string, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidParameter(
+            parameter, f"holds a lone surrogate at character {error.start}, which is no text"
+        ) from error
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer of a vocabulary.
+
+    Raises UnsupportedModel for an unknown pre-tokeniser or decoder, CorruptModel for a vocabulary
+    that contradicts itself.
+    """
+    if vocabulary.kind is VocabularyKind.TOKENIZER_JSON:
+        return _open_json(vocabulary)
+    _check_lists(vocabulary)
+    ends = _get_ends(vocabulary, [], [])
+    if vocabulary.kind is VocabularyKind.SENTENCEPIECE:
+        table = TokenTable(vocabulary.tokens, vocabulary.types, Spelling.MARKED_SPACES)
+        prefix = SPACE_MARK if vocabulary.add_space_prefix else ""
+        encoder = _PieceEncoder(vocabulary, _build_sentencepiece(vocabulary), prefix, " ")
+        return Tokenizer(table, encoder, ends, vocabulary.add_space_prefix)
+    table = TokenTable(vocabulary.tokens, vocabulary.types, Spelling.BYTE_LETTERS)
+    return Tokenizer(table, _PieceEncoder(vocabulary, _build_byte_bpe(vocabulary)), ends)
+
+
+def _get_ends(vocabulary: Vocabulary, first: list[int], last: list[int]) -> Ends:
+    """first, last: tokens the encoder's file adds, which count where the vocabulary is silent."""
+    bos = vocabulary.bos if vocabulary.bos is not None or not first else first[0]
+    eos = vocabulary.eos if vocabulary.eos is not None or not last else last[0]
+    stops = vocabulary.stop_tokens if eos is None else vocabulary.stop_tokens | {eos}
+    return Ends(
+        bos=bos,
+        eos=eos,
+        stops=stops,
+        add_bos=vocabulary.add_bos or (bool(first) and first[0] == bos),
+        add_eos=vocabulary.add_eos or (bool(last) and last[0] == eos),
+    )
+
+
+def _open_json(vocabulary: Vocabulary) -> Tokenizer:
+    from twostroke.text.tokenizer_json import open_tokenizer_json
+
+    if vocabulary.json_path is None:
+        raise CorruptModel("vocabulary: it names no tokenizer.json")
+    opened = open_tokenizer_json(vocabulary.json_path)
+    ends = _get_ends(vocabulary, opened.first, opened.last)
+    return Tokenizer(opened.table, opened.encoder, ends, opened.strips_space)
+
+
+class _PieceEncoder:
+    """Finds special tokens, then encodes what lies between them piece by piece."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, merger: Merger, prefix: str = "", marked: str = ""
+    ) -> None:
+        """prefix: put before a text and after each special token. marked: written as U+2581."""
+        user: list[tuple[int, str]] = []
+        control: list[tuple[int, str]] = []
+        for token, kind in enumerate(vocabulary.types):
+            if kind == TokenType.USER_DEFINED:
+                user.append((token, vocabulary.tokens[token]))
+            elif kind in (TokenType.CONTROL, TokenType.UNKNOWN):
+                control.append((token, vocabulary.tokens[token]))
+        self._plain = SpecialMatcher(user)
+        self._all = SpecialMatcher([*user, *control])
+        self._merger = merger
+        self._prefix = prefix
+        self._marked = marked
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        """See Encoder."""
+        ids: list[int] = []
+        for piece in (self._all if parse_special else self._plain).split(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+                continue
+            if self._marked:
+                piece = self._prefix + piece.replace(self._marked, SPACE_MARK)
+            ids += self._merger.encode(piece, add_special_tokens=False).ids
+        return ids
+
+
+def _check_lists(vocabulary: Vocabulary) -> None:
+    num_tokens = len(vocabulary.tokens)
+    lists = {"token types": vocabulary.types}
+    if vocabulary.kind is VocabularyKind.SENTENCEPIECE:
+        lists["token scores"] = vocabulary.scores  # type: ignore[assignment]
+    for name, values in lists.items():
+        if len(values) != num_tokens:
+            raise CorruptModel(f"vocabulary: {num_tokens} tokens but {len(values)} {name}")
+    for token in (vocabulary.bos, vocabulary.eos, vocabulary.unknown, *vocabulary.stop_tokens):
+        if token is not None and not 0 <= token < num_tokens:
+            raise CorruptModel(
+                f"vocabulary: special token {token} is beyond its {num_tokens} tokens"
+            )
+
+
+def _get_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    ids = {text: token for token, text in enumerate(vocabulary.tokens)}
+    if len(ids) != len(vocabulary.tokens):
+        twice = next(text for token, text in enumerate(vocabulary.tokens) if ids[text] != token)
+        raise CorruptModel(f"vocabulary: token {twice!r} occurs twice")
+    return ids
+
+
+def _build_byte_bpe(vocabulary: Vocabulary) -> Merger:
+    from tokenizers import Tokenizer as Library
+    from tokenizers.models import BPE
+
+    family = find_family(vocabulary.pre)
+    ids = _get_ids(vocabulary)
+    merges: list[tuple[str, str]] = []
+    for rank, line in enumerate(vocabulary.merges):
+        # Searched from the second character on, as a merge may begin with a space.
+        at = line.find(" ", 1)
+        left, right = line[:at], line[at + 1 :]
+        if at < 0 or left not in ids or right not in ids or left + right not in ids:
+            raise CorruptModel(f"vocabulary: merge {rank}, {line!r}, is not of two tokens to one")
+        merges.append((left, right))
+    merger = Library(BPE(ids, merges, ignore_merges=family.whole_words))
+    merger.pre_tokenizer = build_pretokenizer(family)
+    return merger
+
+
+def _build_sentencepiece(vocabulary: Vocabulary) -> Merger:
+    from tokenizers import Tokenizer as Library
+    from tokenizers.models import BPE
+
+    ids = _get_ids(vocabulary)
+    has_bytes = all(f"<0x{byte:02X}>" in ids for byte in range(256))
+    if not has_bytes and vocabulary.unknown is None:
+        raise UnsupportedModel(
+            "vocabulary: it has neither the 256 byte tokens <0x00> … <0xFF> nor an unknown token"
+        )
+    unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
+    pairs = get_cuts(vocabulary).get_pairs(vocabulary.tokens)
+    return Library(BPE(ids, pairs, byte_fallback=has_bytes, unk_token=unknown))
