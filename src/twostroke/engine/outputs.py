@@ -1,18 +1,23 @@
-"""What a caller of the engine receives while a request runs, and when it has ended."""
+"""What a caller of the engine receives while a request runs, and when it has ended.
+
+All are frozen values. Joined in order, the deltas of one continuation are its Completion; a
+continuation's last delta, and only that, carries its ending.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twostroke.core.types import Ending, TokenLogprob
+from twostroke.core.types import Ending, Finished, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTimings:
     """Nanoseconds on the engine's clock; zero until the event happened.
 
-    prefill_tokens and decode_tokens are counts of tokens computed as prompt and emitted;
-    cached_tokens were not computed because their KV was there.
+    prefill_tokens: prompt tokens computed up to the first emitted token. decode_tokens: emitted, by
+    all continuations. cached_tokens: of the prompt, not computed because their KV was there.
+    first_planned_ns … first_token_ns is the prefill, first_token_ns … ended_ns the decode.
     """
 
     submitted_ns: int
@@ -30,7 +35,7 @@ class OutputDelta:
     """New output of one continuation.
 
     index: which of the n. text: safe to show (whole characters, nothing a stop string may hide).
-    tokens and logprobs: newly emitted, in order; they may run ahead of text. token_texts: for
+    tokens and logprobs: newly emitted, in order; they may run ahead of text. token_bytes: for
     each token, the bytes it stands for. prompt_logprobs: once, with the first delta, when asked.
     ending: set on the last delta of this continuation, else None.
     """
@@ -56,14 +61,18 @@ class Completion:
 
     @property
     def finish_reason(self) -> str:
-        """The OpenAI word: "stop" or "length"; other endings give their class name in lower case."""
-        reason = getattr(self.ending, "reason", "")
-        return reason if reason in ("stop", "length") else type(self.ending).__name__.lower()
+        """The OpenAI word: "stop" or "length"; else the ending's class name in lower case."""
+        if isinstance(self.ending, Finished):
+            return self.ending.reason
+        return type(self.ending).__name__.lower()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request with its n continuations in order of index."""
+    """A finished request with its n continuations in order of index.
+
+    prompt: the text, None when token ids were given. seed: the one drawn with, given or fresh.
+    """
 
     request_id: str
     prompt: str | None
@@ -71,3 +80,4 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...]
     completions: tuple[Completion, ...]
     timings: RequestTimings
+    seed: int = 0

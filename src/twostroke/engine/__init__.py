@@ -1,0 +1,1 @@
+"""The running engine: loop, requests, metrics, and its offline and asynchronous faces."""

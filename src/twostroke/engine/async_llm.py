@@ -1,0 +1,282 @@
+"""AsyncLLM: the asynchronous face of the engine, for servers.
+
+It owns one running engine and carries its output to the event loops that asked for it: one wake-up
+per event loop and delivery, however many streams it feeds. It must never block an event loop, and
+never leave a request running whose stream was left: closed, dropped, or its task cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from twostroke.core.types import Ending, TokenLogprob
+from twostroke.engine.metrics import EngineStats
+from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.engine.params import SamplingParams
+from twostroke.engine.request import RequestState, Submission
+from twostroke.engine.service import (
+    EngineHealth,
+    EngineParts,
+    EngineService,
+    Message,
+    Prompt,
+    Tool,
+    cancel_submitted,
+)
+from twostroke.spec.model import ModelSpec
+from twostroke.text.tokenizer import Tokenizer
+
+# Above this many characters or ids a prompt is encoded and checked off the event loop.
+LONG_PROMPT = 2000
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Output of one continuation that its consumer has not taken yet, as lists to append to."""
+
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    token_bytes: list[bytes] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    ending: Ending | None = None
+
+
+class _Channel:
+    """Deltas of one request on their way to one consumer; lives on the event loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.has_ended = False
+        self._pending: dict[int, _Pending] = {}
+        self._arrived = asyncio.Event()
+
+    def put(self, deltas: Sequence[OutputDelta], ended: bool) -> None:
+        """Append to what is pending of the same continuation, so a late consumer gets one delta."""
+        if self.has_ended:  # the consumer has left
+            return
+        for delta in deltas:
+            pending = self._pending.setdefault(delta.index, _Pending())
+            pending.text.append(delta.text)
+            pending.tokens.extend(delta.tokens)
+            pending.token_bytes.extend(delta.token_bytes)
+            pending.logprobs.extend(delta.logprobs)
+            pending.prompt_logprobs = pending.prompt_logprobs or delta.prompt_logprobs
+            pending.ending = delta.ending
+        self.has_ended = ended
+        self._arrived.set()
+
+    async def take(self) -> OutputDelta | None:
+        """The oldest pending delta, when there is one; None after the end."""
+        while not self._pending:
+            if self.has_ended:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        index = next(iter(self._pending))
+        pending = self._pending.pop(index)
+        return OutputDelta(
+            index=index,
+            text="".join(pending.text),
+            tokens=tuple(pending.tokens),
+            token_bytes=tuple(pending.token_bytes),
+            logprobs=tuple(pending.logprobs),
+            prompt_logprobs=pending.prompt_logprobs,
+            ending=pending.ending,
+        )
+
+    def drop(self) -> None:
+        """Forget what is pending and end."""
+        self._pending.clear()
+        self.has_ended = True
+        self._arrived.set()
+
+
+_Parcel = tuple[_Channel, Sequence[OutputDelta], bool]
+
+
+class _Outbox:
+    """Carries parcels from the engine's thread to event loops, one wake-up a loop and delivery."""
+
+    def __init__(self) -> None:
+        self._filling: dict[asyncio.AbstractEventLoop, list[_Parcel]] = {}
+
+    def put(self, channel: _Channel, deltas: Sequence[OutputDelta], ended: bool) -> None:
+        """On the engine's thread: add to this delivery."""
+        self._filling.setdefault(channel.loop, []).append((channel, deltas, ended))
+
+    def send(self) -> None:
+        """On the engine's thread: the delivery is complete."""
+        for loop, parcels in self._filling.items():
+            try:
+                loop.call_soon_threadsafe(_unpack, parcels)
+            except RuntimeError:
+                # The event loop was closed, and with it everybody who could take these; their
+                # streams cancel their requests when they are dropped.
+                continue
+        self._filling.clear()
+
+
+def _unpack(parcels: list[_Parcel]) -> None:
+    for channel, deltas, ended in parcels:
+        channel.put(deltas, ended)
+
+
+class RequestStream:
+    """The deltas of one request, an async iterator that ends when all continuations have.
+
+    Endings come as the `ending` of deltas; nothing is raised for a failed request. Leaving the
+    stream early cancels the request: `aclose`, `async with`, the last reference dropped, or the
+    awaiting task cancelled. Belongs to the event loop it was made on.
+    """
+
+    def __init__(self, service: EngineService, state: RequestState, channel: _Channel) -> None:
+        self._service = service
+        self._state = state
+        self._channel = channel
+
+    @property
+    def request_id(self) -> str:
+        """The id the request was submitted under."""
+        return self._state.request.id
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self._state.request.prompt
+
+    @property
+    def seed(self) -> int:
+        """The seed drawn with, given or fresh."""
+        return self._state.request.sampling.seed
+
+    @property
+    def timings(self) -> RequestTimings:
+        """The timings so far."""
+        return self._state.timings
+
+    def cancel(self) -> None:
+        """End the request soon; its deltas still come, the last of them Cancelled."""
+        self._service.cancel([self._state])
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> OutputDelta:
+        try:
+            delta = await self._channel.take()
+        except asyncio.CancelledError:
+            self._leave()
+            raise
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Cancel the request if it has not ended, and give no more deltas."""
+        self._leave()
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._leave()
+
+    def __del__(self) -> None:
+        if not self._channel.has_ended:
+            self.cancel()
+
+    def _leave(self) -> None:
+        if not self._channel.has_ended:
+            self.cancel()
+        self._channel.drop()
+
+
+class AsyncLLM:
+    """Serves one model to any number of concurrent requests."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._outbox = _Outbox()
+        self._service = EngineService(parts, self._outbox.send)
+        # Closes the engine also when this object is dropped or the interpreter ends.
+        self._close = weakref.finalize(self, self._service.close)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's description."""
+        return self._service.parts.spec
+
+    @property
+    def model_name(self) -> str:
+        """The name the model is served under."""
+        return self._service.parts.model_name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._service.parts.tokenizer
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special: bool = True,
+    ) -> RequestStream:
+        """Check and queue one request; it runs from here on, whether its stream is read or not.
+
+        prompt: text or token ids. request_id: fresh when not given. priority: smaller runs first.
+        add_special: False for a text from `render_chat`, which has its special tokens already.
+        Raises InvalidRequest, InvalidParameter, PromptTooLong or EngineClosed.
+        """
+        service = self._service
+        own = params or SamplingParams()
+        is_long = isinstance(prompt, Sequence) and len(prompt) > LONG_PROMPT
+        encode = partial(service.encode, prompt, add_special=add_special)
+        tokens = await asyncio.to_thread(encode) if is_long else encode()
+        fresh_id = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"
+        request = service.make_request(own, fresh_id, tokens, priority)
+        channel = _Channel(asyncio.get_running_loop())
+        sink = partial(self._outbox.put, channel)
+        submission = Submission(request, sink, own.stop_strings, own.skip_special_tokens)
+        future = service.submit([submission])
+        try:
+            states = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(partial(cancel_submitted, service))
+            raise
+        return RequestStream(service, states[0], channel)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt text of a conversation; submit it with add_special=False.
+
+        Raises TemplateError.
+        """
+        return self._service.render_chat(
+            messages, tools, add_generation_prompt=add_generation_prompt
+        )
+
+    def stats(self) -> EngineStats:
+        """Counters and histograms so far; never waits for the engine."""
+        return self._service.get_stats()
+
+    def health(self) -> EngineHealth:
+        """Whether the engine works; never waits for it."""
+        return self._service.get_health()
+
+    def close(self) -> None:
+        """End the engine; live requests end Failed. Again does nothing."""
+        self._close()

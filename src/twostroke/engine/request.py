@@ -1,0 +1,309 @@
+"""RequestBook: what the engine remembers of each live request, and how its output leaves.
+
+It owns the streaming decoders, the timings and the undelivered output of every live request. It
+runs on the one thread that pumps the loop and must never call back into it: a completed stop
+string is reported as a return value. It keeps true that what was delivered of a continuation,
+joined, is its whole output, that its ending is delivered last and once, and that nothing follows
+the token that completed a stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from twostroke.core.types import (
+    Cancelled,
+    Ending,
+    Failed,
+    Finished,
+    Preempted,
+    Request,
+    SequenceEnded,
+    SequenceId,
+    StepOutcome,
+    StepPlan,
+    TokenLogprob,
+    TokensEmitted,
+    Update,
+)
+from twostroke.engine.metrics import EngineMetrics
+from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.errors import ExecutorLost
+from twostroke.text.stream import StreamDecoder
+from twostroke.text.tokenizer import Tokenizer
+
+# Receives new deltas of one request, and whether all its continuations have now ended.
+Sink = Callable[[Sequence[OutputDelta], bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request with what the scheduler does not need to know: its text rules and its receiver."""
+
+    request: Request
+    sink: Sink
+    stop_strings: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Continuation:
+    """One of the n; the lists hold what was emitted and not yet delivered."""
+
+    id: SequenceId
+    decoder: StreamDecoder
+    has_stops: bool
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    num_decoded: int = 0  # of `tokens`, how many have become text already
+    last_emitted_ns: int = 0
+    stopped: bool = False
+    ending: Ending | None = None
+    is_closed: bool = False  # the ending was delivered
+
+    def emit(self, update: TokensEmitted) -> int:
+        """Take new tokens in; returns how many belong to the output."""
+        if self.stopped:
+            return 0
+        tokens = update.tokens
+        if self.has_stops:
+            tokens = self._decode_until_stop(tokens)
+            self.num_decoded += len(tokens)
+        self.tokens.extend(tokens)
+        self.logprobs.extend(update.logprobs[: len(tokens)])
+        return len(tokens)
+
+    def end(self, ending: Ending) -> None:
+        """Record the ending; a completed stop string goes before whatever else ended it."""
+        self.ending = Finished("stop") if self.stopped else ending
+
+    def take_text(self) -> str:
+        """The text that became safe to show since the last call."""
+        for token in self.tokens[self.num_decoded :]:
+            self.text.append(self.decoder.feed(token))
+        self.num_decoded = len(self.tokens)
+        if self.ending is not None and not self.stopped:
+            self.text.append(self.decoder.finish())
+        text = "".join(self.text)
+        self.text.clear()
+        return text
+
+    def _decode_until_stop(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        for count, token in enumerate(tokens, start=1):
+            self.text.append(self.decoder.feed(token))
+            if self.decoder.stopped:
+                self.stopped = True
+                return tokens[:count]
+        return tokens
+
+
+class RequestState:
+    """One live request; callers keep it as their handle and read its timings."""
+
+    def __init__(self, submission: Submission, tokenizer: Tokenizer, now_ns: int) -> None:
+        self.request = submission.request
+        self.sink = submission.sink
+        self.continuations = [
+            _Continuation(
+                SequenceId(self.request.id, index),
+                StreamDecoder(tokenizer, submission.stop_strings, submission.skip_special_tokens),
+                bool(submission.stop_strings),
+            )
+            for index in range(self.request.n)
+        ]
+        self.num_live = self.request.n
+        self.prompt_scored: tuple[TokenLogprob, ...] = ()
+        self.submitted_ns = now_ns
+        self.first_planned_ns = 0
+        self.first_token_ns = 0
+        self.ended_ns = 0
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+        self.cached_tokens = 0
+        self.preemptions = 0
+
+    @property
+    def timings(self) -> RequestTimings:
+        """The timings so far; may be read from any thread."""
+        return RequestTimings(
+            submitted_ns=self.submitted_ns,
+            first_planned_ns=self.first_planned_ns,
+            first_token_ns=self.first_token_ns,
+            ended_ns=self.ended_ns,
+            prefill_tokens=self.prefill_tokens,
+            decode_tokens=self.decode_tokens,
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+        )
+
+    @property
+    def how_ended(self) -> str:
+        """One of `metrics.ENDINGS`: the worst of the continuations' endings."""
+        endings = [one.ending for one in self.continuations]
+        if any(isinstance(ending, Failed) for ending in endings):
+            return "failed"
+        if any(isinstance(ending, Cancelled) for ending in endings):
+            return "cancelled"
+        return "length" if Finished("length") in endings else "stop"
+
+    def take_deltas(self, tokenizer: Tokenizer) -> list[OutputDelta]:
+        """What is new, one delta a continuation; takes it out of the state."""
+        deltas = []
+        for one in self.continuations:
+            if one.is_closed or not (one.tokens or one.ending or self.prompt_scored):
+                continue
+            deltas.append(
+                OutputDelta(
+                    index=one.id.index,
+                    text=one.take_text(),
+                    tokens=tuple(one.tokens),
+                    token_bytes=tuple(map(tokenizer.get_token_bytes, one.tokens)),
+                    logprobs=tuple(one.logprobs),
+                    prompt_logprobs=self.prompt_scored,
+                    ending=one.ending,
+                )
+            )
+            self.prompt_scored = ()
+            one.tokens.clear()
+            one.logprobs.clear()
+            one.num_decoded = 0
+            one.is_closed = one.ending is not None
+        return deltas
+
+
+class RequestBook:
+    """The LoopListener of the engine: turns updates into deltas, timings and metrics.
+
+    on_delivered: called after each delivery that had anything in it, once.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, metrics: EngineMetrics, on_delivered: Callable[[], None]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._on_delivered = on_delivered
+        self._live: dict[str, RequestState] = {}
+        self._undelivered: dict[str, RequestState] = {}
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._live or request_id in self._undelivered
+
+    def open(self, submission: Submission, now_ns: int) -> RequestState:
+        """Begin to follow a request that the scheduler has accepted."""
+        state = RequestState(submission, self._tokenizer, now_ns)
+        self._live[state.request.id] = state
+        self._metrics.record_accepted()
+        return state
+
+    # ---- LoopListener ---------------------------------------------------------------------------
+
+    def step_started(self, plan: StepPlan, now_ns: int) -> None:
+        """Note when each request was first planned, and what of it needed no computing."""
+        for row in plan.rows:
+            state = self._live[row.sequence.request]
+            if not state.first_planned_ns:
+                state.first_planned_ns = now_ns
+                state.cached_tokens = row.start
+
+    def step_committed(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Count the step, and the prompt tokens it computed."""
+        prompt_tokens = 0
+        for row in plan.rows:
+            state = self._live.get(row.sequence.request)
+            if state is None:  # ended while the step ran
+                continue
+            left = len(state.request.prompt) - row.start
+            if left > 0:
+                computed = min(left, len(row.tokens))
+                prompt_tokens += computed
+                # What a preemption makes us compute again later is no part of the time to the
+                # first token, so it is not counted beside it.
+                if not state.first_token_ns:
+                    state.prefill_tokens += computed
+        self._metrics.record_step(plan.num_tokens, prompt_tokens, outcome.duration_ns)
+
+    def executor_lost(self, lost: ExecutorLost) -> None:
+        """Count the loss."""
+        self._metrics.record_loss()
+
+    def updated(self, updates: Sequence[Update], now_ns: int) -> Sequence[SequenceId]:
+        """Take updates in; returns the continuations that a stop string has ended just now."""
+        stopped: list[_Continuation] = []
+        intervals_ns: list[int] = []
+        num_emitted = 0
+        for update in updates:
+            state = self._live[update.sequence.request]
+            one = state.continuations[update.sequence.index]
+            if isinstance(update, TokensEmitted):
+                was_stopped = one.stopped
+                num_emitted += self._emit(state, update, now_ns, intervals_ns)
+                if one.stopped and not was_stopped:
+                    stopped.append(one)
+            elif isinstance(update, SequenceEnded):
+                one.end(update.ending)
+                self._end_one(state, now_ns)
+            elif isinstance(update, Preempted):
+                state.preemptions += 1
+        if num_emitted:
+            self._metrics.record_emitted(num_emitted, intervals_ns)
+        return [one.id for one in stopped if one.ending is None]
+
+    def deliver(self) -> None:
+        """Hand every request's new output to its sink."""
+        if not self._undelivered:
+            return
+        # A state leaves the table only once its output is out: should decoding raise, what is
+        # left here still gets its endings from `abort_all`.
+        for request_id, state in tuple(self._undelivered.items()):
+            deltas = state.take_deltas(self._tokenizer)
+            del self._undelivered[request_id]
+            if deltas:
+                state.sink(deltas, not state.num_live)
+        self._on_delivered()
+
+    # ---- the rest -------------------------------------------------------------------------------
+
+    def abort_all(self, reason: str, now_ns: int) -> None:
+        """Fail everything at once, decoding nothing: for an engine that can no longer go on."""
+        for state in tuple({**self._undelivered, **self._live}.values()):
+            deltas = []
+            for one in state.continuations:
+                if one.is_closed:
+                    continue
+                if one.ending is None:
+                    one.end(Failed(reason))
+                    self._end_one(state, now_ns)
+                one.is_closed = True
+                deltas.append(OutputDelta(one.id.index, "", (), ending=one.ending))
+            state.sink(deltas, True)
+        self._undelivered.clear()
+        self._on_delivered()
+
+    def _emit(
+        self, state: RequestState, update: TokensEmitted, now_ns: int, intervals_ns: list[int]
+    ) -> int:
+        one = state.continuations[update.sequence.index]
+        if update.prompt_scored:
+            state.prompt_scored = update.prompt_scored
+        count = one.emit(update)
+        if count:
+            state.decode_tokens += count
+            if not state.first_token_ns:
+                state.first_token_ns = now_ns
+            if one.last_emitted_ns:
+                intervals_ns.append(now_ns - one.last_emitted_ns)
+            one.last_emitted_ns = now_ns
+        if count or update.prompt_scored:
+            self._undelivered[state.request.id] = state
+        return count
+
+    def _end_one(self, state: RequestState, now_ns: int) -> None:
+        self._undelivered[state.request.id] = state
+        state.num_live -= 1
+        if not state.num_live:
+            state.ended_ns = now_ns
+            del self._live[state.request.id]
+            self._metrics.record_ended(state.how_ended, state.timings, state.request.n)

@@ -1,0 +1,260 @@
+"""EngineService: one running engine, which the offline and the asynchronous API both stand on.
+
+It owns the loop, the request book, the metrics and the thread they run on, and turns prompts and
+parameters into requests. Preparing runs on the caller's thread; everything that touches the
+scheduler runs on the engine's. It must know nothing of asyncio, and of who receives the output
+only a function to call.
+"""
+
+from __future__ import annotations
+
+import numbers
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from twostroke.core.ports import Clock, Executor
+from twostroke.core.scheduler import Scheduler
+from twostroke.core.types import Rejected, Request
+from twostroke.engine.loop import EngineLoop, LoopPolicy
+from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
+from twostroke.engine.params import ModelLimits, SamplingParams, to_request
+from twostroke.engine.request import RequestBook, RequestState, Submission
+from twostroke.engine.thread import EngineThread
+from twostroke.errors import InvalidParameter, InvalidRequest, PromptTooLong, TemplateError
+from twostroke.spec.model import ModelSpec
+from twostroke.text.chat import ChatTemplate
+from twostroke.text.tokenizer import Tokenizer
+
+MAX_REQUEST_ID_CHARS = 256
+MAX_PRIORITY = 2**31
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What the composition root puts together to make an engine."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    scheduler: Scheduler
+    executor: Executor
+    clock: Clock
+    model_name: str
+    policy: LoopPolicy = field(default_factory=LoopPolicy)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """Whether the engine works: reason says why not, and None while it does.
+
+    live: requests accepted and not yet ended. stalled_s: seconds since a step was last committed,
+    or since work last arrived at an idle engine; 0 with nothing live.
+    """
+
+    alive: bool
+    reason: str | None
+    live: int
+    stalled_s: float
+
+
+class _EngineWork:
+    """The Work of the engine's thread: everything here runs on it."""
+
+    def __init__(
+        self, parts: EngineParts, loop: EngineLoop, book: RequestBook, metrics: EngineMetrics
+    ) -> None:
+        self._parts = parts
+        self._loop = loop
+        self._book = book
+        self._metrics = metrics
+        self._num_blocks = parts.executor.describe().num_blocks
+
+    def pump(self) -> float | None:
+        self._loop.pump()
+        self._record_gauges()
+        due_ns = self._loop.next_wake_ns
+        if due_ns is None:
+            return None
+        return max(0, due_ns - self._parts.clock.now_ns()) / 1e9
+
+    def close(self) -> None:
+        self._loop.close()
+        self._record_gauges()
+
+    def abandon(self, reason: str) -> None:
+        self._book.abort_all(reason, self._parts.clock.now_ns())
+        self._loop.abandon(reason)
+
+    def submit(self, submissions: Sequence[Submission]) -> list[RequestState]:
+        """Accept all or none: nothing was planned yet when one is refused."""
+        states: list[RequestState] = []
+        try:
+            for index, submission in enumerate(submissions):
+                where = f"prompt {index}: " if len(submissions) > 1 else ""
+                states.append(self._submit(submission, where))
+        except InvalidRequest:
+            for state in states:
+                self.cancel(state)
+            raise
+        return states
+
+    def cancel(self, state: RequestState) -> None:
+        if state.num_live:
+            self._loop.cancel(state.request.id)
+
+    def _submit(self, submission: Submission, where: str) -> RequestState:
+        request = submission.request
+        if request.id in self._book:
+            raise InvalidParameter("request_id", f"{request.id!r} is the id of a live request")
+        answer = self._loop.submit(request)
+        if isinstance(answer, Rejected):
+            self._metrics.record_rejected()
+            if answer.limit_tokens is not None:
+                raise PromptTooLong(where + answer.reason, answer.limit_tokens)
+            raise InvalidRequest(where + answer.reason)
+        return self._book.open(submission, self._parts.clock.now_ns())
+
+    def _record_gauges(self) -> None:
+        scheduler = self._parts.scheduler
+        self._metrics.set_gauges(
+            Gauges(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                kv_blocks_used=self._num_blocks - scheduler.num_free_blocks,
+                kv_blocks_total=self._num_blocks,
+                preemptions=scheduler.num_preemptions,
+            )
+        )
+
+
+class EngineService:
+    """A running engine. `on_delivered` is called on the engine's thread after each delivery."""
+
+    def __init__(self, parts: EngineParts, on_delivered: Callable[[], None] = lambda: None) -> None:
+        self.parts = parts
+        self._metrics = EngineMetrics()
+        self._thread = EngineThread()
+        book = RequestBook(parts.tokenizer, self._metrics, on_delivered)
+        self._loop = EngineLoop(
+            parts.scheduler, parts.executor, parts.clock, book, parts.policy, self._thread.wake
+        )
+        self._work = _EngineWork(parts, self._loop, book, self._metrics)
+        self._limits = ModelLimits(
+            stop_ids=parts.tokenizer.stop_ids,
+            vocab_size=parts.spec.vocab_size,
+            context_tokens=parts.spec.context_tokens,
+        )
+        self._thread.start(self._work)
+
+    def encode(self, prompt: Prompt, *, add_special: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, checked; from any thread, and slow for a long one.
+
+        add_special: let the tokenizer add its begin token, where the text does not bring it.
+        Raises InvalidRequest.
+        """
+        if not isinstance(prompt, str):
+            return check_tokens(prompt, self._limits.vocab_size)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty")
+        tokens = self.parts.tokenizer.encode(prompt, add_special=add_special)
+        return check_tokens(tokens, self._limits.vocab_size)
+
+    def make_request(
+        self, params: SamplingParams, request_id: str, tokens: tuple[int, ...], priority: int = 0
+    ) -> Request:
+        """The scheduler's request, with a fresh seed where none was given.
+
+        Raises InvalidParameter.
+        """
+        if not isinstance(params, SamplingParams):
+            raise InvalidParameter("params", f"must be SamplingParams, not {type(params).__name__}")
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
+            raise InvalidParameter(
+                "request_id", f"must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters"
+            )
+        if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+            raise InvalidParameter(
+                "priority", f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+            )
+        return to_request(
+            params,
+            request_id,
+            tokens,
+            seed=secrets.randbits(63),
+            limits=self._limits,
+            priority=priority,
+        )
+
+    def submit(self, submissions: Sequence[Submission]) -> Future[list[RequestState]]:
+        """Submit all of them, or none if one is refused, before anything of them runs.
+
+        The future raises InvalidParameter, PromptTooLong, InvalidRequest or EngineClosed.
+        """
+        return self._thread.call(partial(self._work.submit, submissions))
+
+    def cancel(self, states: Sequence[RequestState]) -> None:
+        """End these requests soon, where they have not ended; never waits."""
+        for state in states:
+            self._thread.post(partial(self._work.cancel, state))
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt text of a conversation, special tokens included. Raises TemplateError."""
+        template = self.parts.chat_template
+        if template is None:
+            name = self.parts.model_name
+            raise TemplateError(f"{name} has no chat template: use generate with a plain prompt")
+        return template.render(messages, tools, add_generation_prompt)
+
+    def get_stats(self) -> EngineStats:
+        """Counters and histograms so far."""
+        return self._metrics.get_stats()
+
+    def get_health(self) -> EngineHealth:
+        """Whether the engine works; reads only, so it answers even when the engine hangs."""
+        reason = self._thread.closed_reason or self._loop.closed_reason
+        live = self._loop.num_live
+        stalled_ns = self.parts.clock.now_ns() - self._loop.last_progress_ns if live else 0
+        return EngineHealth(reason is None, reason, live, max(0, stalled_ns) / 1e9)
+
+    def close(self) -> None:
+        """Fail what is live, close the executor and wait for the thread; again does nothing."""
+        self._thread.stop()
+
+
+def cancel_submitted(service: EngineService, future: Future[list[RequestState]]) -> None:
+    """End what a submission has started; for a caller that went away before it heard of it."""
+    if not future.cancelled() and future.exception() is None:
+        service.cancel(future.result())
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids as a tuple of ints; raises InvalidRequest for none, or naming the first bad one."""
+    if not isinstance(tokens, Sequence) or isinstance(tokens, bytes):
+        raise InvalidParameter("prompt", f"must be a text or a list of token ids, not {tokens!r}")
+    for position, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise InvalidParameter(
+                "prompt", f"token id at position {position} must be an integer, not {token!r}"
+            )
+        if not 0 <= token < vocab_size:
+            raise InvalidParameter(
+                "prompt",
+                f"token id at position {position} must be from 0 to {vocab_size - 1}, not {token}",
+            )
+    if not len(tokens):
+        raise InvalidRequest("the prompt is empty")
+    return tuple(int(token) for token in tokens)

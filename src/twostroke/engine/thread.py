@@ -1,0 +1,130 @@
+"""EngineThread: one daemon thread that owns the engine's state and sleeps when nothing is due.
+
+Everything of the engine runs on it, so nothing of the engine needs a lock: other threads send it
+functions to run and may wait for their results. It must never poll. It keeps true that every
+function sent is either run or refused with EngineClosed, also after the thread has died.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from twostroke.errors import EngineClosed, TwostrokeError
+
+Result = TypeVar("Result")
+
+
+class Work(Protocol):
+    """What the thread does between functions.
+
+    `pump` does what is due and returns the seconds until it must be called again although nobody
+    woke the thread, or None. The last call is `close`, or `abandon` when anything has raised:
+    then nothing may be relied upon, and all that is left to do is to tell those who wait.
+    """
+
+    def pump(self) -> float | None: ...
+
+    def close(self) -> None: ...
+
+    def abandon(self, reason: str) -> None: ...
+
+
+class EngineThread:
+    """Runs `work` and the functions sent to it, one at a time, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._wakeup = threading.Event()
+        self._sent: deque[Callable[[], None]] = deque()
+        self._guard = threading.Lock()  # of `_sent` against the end of the thread
+        self._closed_reason: str | None = None
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def closed_reason(self) -> str | None:
+        """Why nothing more is run, or None."""
+        return self._closed_reason
+
+    def start(self, work: Work) -> None:
+        """Start the thread over `work`; once."""
+        self._thread = threading.Thread(
+            target=self._run, args=(work,), name="twostroke-engine", daemon=True
+        )
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have `pump` called soon; from any thread."""
+        self._wakeup.set()
+
+    def call(self, function: Callable[[], Result]) -> Future[Result]:
+        """Run `function` on the thread, in order of sending; the future has what it returns."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except TwostrokeError as error:
+                future.set_exception(error)
+            finally:
+                # Anything else is a bug of ours and ends the engine, but leaves nobody waiting.
+                if not future.done():
+                    future.set_exception(EngineClosed("the engine failed while it handled this"))
+
+        if not self._send(run):
+            future.set_exception(EngineClosed(self._closed_reason))
+        return future
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` on the thread if it still runs; nobody waits for it."""
+        self._send(function)
+
+    def stop(self) -> None:
+        """Run what was sent, end the work, and wait for the thread to be gone."""
+        self._stopping = True
+        self.wake()
+        # A finaliser may run on the engine's own thread, which cannot wait for itself.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _send(self, function: Callable[[], None]) -> bool:
+        with self._guard:
+            if self._closed_reason is not None:
+                return False
+            self._sent.append(function)
+        self.wake()
+        return True
+
+    def _run(self, work: Work) -> None:
+        try:
+            while not self._stopping:
+                self._run_sent()
+                wait_s = work.pump()
+                # What arrived since then has set the event again; what arrives between the next
+                # two lines is taken in by the next turn.
+                self._wakeup.wait(wait_s)
+                self._wakeup.clear()
+            self._run_sent()
+            work.close()
+            self._refuse("the engine was closed")
+        except Exception as error:  # the outermost frame of the loop
+            logging.getLogger(__name__).exception("the engine's loop failed")
+            reason = f"the engine's loop failed: {type(error).__name__}: {error}"
+            self._refuse(reason)
+            work.abandon(reason)
+        # Those who sent a function before the refusal hear from the closed work.
+        self._run_sent()
+
+    def _refuse(self, reason: str) -> None:
+        with self._guard:
+            self._closed_reason = reason
+
+    def _run_sent(self) -> None:
+        while self._sent:
+            self._sent.popleft()()
