@@ -1,0 +1,252 @@
+"""One HTTP request's share of the engine: its prompts submitted, its output merged in order.
+
+An API request may hold several prompts, each with n continuations; a *choice* is one continuation
+of one prompt, numbered prompt by prompt. This module submits all prompts or none, merges what the
+engine emits into batches by choice, and counts tokens. Whoever makes a `Generation` must cancel it
+or run it to its end; nothing here knows of HTTP or JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected
+from twostroke.engine.outputs import OutputDelta
+from twostroke.engine.params import SamplingParams
+from twostroke.errors import (
+    EngineClosed,
+    InvalidParameter,
+    InvalidRequest,
+    PromptTooLong,
+    RequestFailed,
+)
+from twostroke.server.schemas import CommonFields
+
+if TYPE_CHECKING:
+    from twostroke.engine.async_llm import AsyncLLM, RequestStream
+
+MAX_CHOICES = 2048
+
+_SAMPLING_FIELDS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids"),
+    *("ignore_eos", "skip_special_tokens"),
+)
+
+Batch = list[tuple[int, OutputDelta]]
+
+
+def build_params(
+    common: CommonFields, own: Mapping[str, Any], public_names: Mapping[str, str]
+) -> SamplingParams:
+    """The engine's parameters for a request's fields.
+
+    Args: common: the shared fields; own: values of SamplingParams that the API names otherwise, by
+    SamplingParams' names; public_names: what the API calls them. Fields left out keep the
+    defaults of SamplingParams.
+    Raises: InvalidParameter, with the API's name of the field.
+    """
+    values = {name: getattr(common, name) for name in _SAMPLING_FIELDS}
+    values = {name: value for name, value in values.items() if value is not None}
+    if common.logit_bias:
+        values["logit_bias"] = {
+            _parse_token(token): addend for token, addend in common.logit_bias.items()
+        }
+    try:
+        return SamplingParams(**{**values, **own})
+    except InvalidParameter as error:
+        public = public_names.get(error.parameter)
+        if public is None:
+            raise
+        raise InvalidParameter(public, str(error).removeprefix(f"{error.parameter}: ")) from None
+
+
+def _parse_token(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InvalidParameter("logit_bias", f"keys must be token ids, not {text[:24]!r}")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What to submit.
+
+    prompts: texts or token ids. add_special: False for texts that bring their special tokens.
+    prompt_only: report nothing of the output; max_tokens is then 1, the least an engine runs.
+    """
+
+    request_id: str
+    prompts: Sequence[str | Sequence[int]]
+    params: SamplingParams
+    priority: int = 0
+    add_special: bool = True
+    prompt_only: bool = False
+
+
+class Generation:
+    """The running streams of one API request."""
+
+    def __init__(self, streams: Sequence[RequestStream], submission: Submission) -> None:
+        self._streams = tuple(streams)
+        self._n = submission.params.n
+        self._prompt_only = submission.prompt_only
+        self._emitted = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Continuations over all prompts."""
+        return len(self._streams) * self._n
+
+    def get_prompt_tokens(self, choice: int) -> tuple[int, ...]:
+        """Token ids of the prompt that `choice` continues."""
+        return self._streams[choice // self._n].prompt_tokens
+
+    def get_usage(self) -> dict[str, Any]:
+        """Token counts so far, in OpenAI's shape."""
+        prompt = sum(len(stream.prompt_tokens) for stream in self._streams)
+        cached = sum(stream.timings.cached_tokens for stream in self._streams)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._emitted,
+            "total_tokens": prompt + self._emitted,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def cancel(self) -> None:
+        """End every continuation that still runs; harmless after the end."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def collect(self) -> list[OutputDelta]:
+        """Run to the end. Returns each choice's whole output as one delta, in order of choice.
+
+        Raises: as `batches`. However it ends, nothing is left running.
+        """
+        parts: list[list[OutputDelta]] = [[] for _ in range(self.num_choices)]
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for choice, delta in batch:
+                    parts[choice].append(delta)
+        return [_join(part) for part in parts]
+
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """All output as it comes: everything that arrived since the last batch, one delta a choice.
+
+        Raises: InvalidRequest, RequestFailed or EngineClosed when a continuation ends other than
+        finished. Closing the iterator early cancels the request.
+        """
+        arrived: Batch = []
+        wake = asyncio.Event()
+        pumps = [
+            asyncio.ensure_future(self._pump(place, arrived, wake))
+            for place in range(len(self._streams))
+        ]
+        try:
+            while True:
+                finished = all(pump.done() for pump in pumps)
+                wake.clear()
+                if arrived:
+                    batch = self._merge(arrived)
+                    arrived.clear()
+                    yield batch
+                    continue
+                for pump in pumps:
+                    if pump.done():
+                        pump.result()
+                if finished:
+                    return
+                await wake.wait()
+        finally:
+            self.cancel()
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _pump(self, place: int, arrived: Batch, wake: asyncio.Event) -> None:
+        try:
+            async for delta in self._streams[place]:
+                arrived.append((place * self._n + delta.index, delta))
+                wake.set()
+        finally:
+            wake.set()
+
+    def _merge(self, arrived: Batch) -> Batch:
+        parts: dict[int, list[OutputDelta]] = {}
+        for choice, delta in arrived:
+            parts.setdefault(choice, []).append(delta)
+        batch = [(choice, _join(deltas)) for choice, deltas in parts.items()]
+        for _, delta in batch:
+            _check_ending(delta.ending)
+        if self._prompt_only:
+            return [(choice, _without_output(delta)) for choice, delta in batch]
+        self._emitted += sum(len(delta.tokens) for _, delta in batch)
+        return batch
+
+
+async def submit(engine: AsyncLLM, submission: Submission) -> Generation:
+    """Submit every prompt, or none.
+
+    Returns: the running generation, which the caller must run or cancel.
+    Raises: whatever the engine says of the first prompt it refuses.
+    """
+    count = len(submission.prompts) * submission.params.n
+    if count > MAX_CHOICES:
+        raise InvalidParameter("n", f"times the prompts is {count}, more than {MAX_CHOICES}")
+    streams: list[RequestStream] = []
+    try:
+        for place, prompt in enumerate(submission.prompts):
+            suffix = f"-{place}" if len(submission.prompts) > 1 else ""
+            stream = await engine.submit(
+                prompt,
+                submission.params,
+                request_id=submission.request_id + suffix,
+                priority=submission.priority,
+                add_special=submission.add_special,
+            )
+            streams.append(stream)
+    finally:
+        if len(streams) < len(submission.prompts):
+            for stream in streams:
+                stream.cancel()
+    return Generation(streams, submission)
+
+
+def get_finish_reason(delta: OutputDelta) -> str | None:
+    """The OpenAI word for a delta's ending; None while the choice goes on."""
+    return delta.ending.reason if isinstance(delta.ending, Finished) else None
+
+
+def _check_ending(ending: Ending | None) -> None:
+    match ending:
+        case Rejected(reason, None):
+            raise InvalidRequest(reason)
+        case Rejected(reason, int(limit)):
+            raise PromptTooLong(reason, limit)
+        case Failed(reason):
+            raise RequestFailed(f"the request failed: {reason}")
+        case Cancelled(reason):
+            raise EngineClosed(f"the server ended the request: {reason}")
+
+
+def _join(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    """Consecutive deltas of one choice as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return OutputDelta(
+        index=deltas[0].index,
+        text="".join(delta.text for delta in deltas),
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+        token_bytes=tuple(data for delta in deltas for data in delta.token_bytes),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        ending=deltas[-1].ending,
+    )
+
+
+def _without_output(delta: OutputDelta) -> OutputDelta:
+    ending = None if delta.ending is None else Finished("length")
+    return OutputDelta(delta.index, "", (), prompt_logprobs=delta.prompt_logprobs, ending=ending)

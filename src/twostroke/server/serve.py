@@ -1,0 +1,130 @@
+"""Runs the application on a socket until it is told to stop.
+
+Owns the listening socket, the signals and the order of the end: no new connections, time for
+running requests to finish, then the engine is closed, which ends what is left with an error, and
+only then does the call return. One process; the engine has its own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from twostroke.errors import InvalidParameter
+from twostroke.server.app import create_app
+from twostroke.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from twostroke.engine.async_llm import AsyncLLM
+
+Ready = Callable[[str, int], None]
+
+# Time for replies to end after the engine has been closed under them.
+_CLOSING_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Where and how to serve. port: 0 takes a free one. grace_s: seconds that running requests
+    have to finish once the server is told to stop."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    settings: ServerSettings = field(default_factory=ServerSettings)
+    access_log: bool = False
+    grace_s: float = 10.0
+
+
+def run(
+    engine: AsyncLLM, options: ServeOptions = ServeOptions(), ready: Ready | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM, then close the engine and return.
+
+    Args: ready: called once with the host and the port in use, when connections are accepted.
+    Raises: InvalidParameter when the address cannot be bound; the engine is closed then too.
+    """
+    asyncio.run(serve(engine, options, ready))
+
+
+async def serve(
+    engine: AsyncLLM,
+    options: ServeOptions = ServeOptions(),
+    ready: Ready | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """As `run`, within a running loop; `stop` ends it as a signal does."""
+    stop = stop or asyncio.Event()
+    try:
+        with _listen(options.host, options.port) as listener, _stop_on_signals(stop):
+            server = uvicorn.Server(_configure(engine, options))
+            stopper = asyncio.ensure_future(_stop(server, engine, stop, options.grace_s))
+            try:
+                if ready is not None:
+                    ready(options.host, listener.getsockname()[1])
+                await server.serve(sockets=[listener])
+            finally:
+                stopper.cancel()
+                await asyncio.gather(stopper, return_exceptions=True)
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+def _configure(engine: AsyncLLM, options: ServeOptions) -> uvicorn.Config:
+    # Without an access log the caller's logging is left as it is; problems still reach stderr.
+    return uvicorn.Config(
+        create_app(engine, options.settings),
+        access_log=options.access_log,
+        log_config=LOGGING_CONFIG if options.access_log else None,
+        log_level="info" if options.access_log else "warning",
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(options.grace_s) + _CLOSING_S,
+    )
+
+
+async def _stop(
+    server: uvicorn.Server, engine: AsyncLLM, stop: asyncio.Event, grace_s: float
+) -> None:
+    await stop.wait()
+    server.should_exit = True
+    await asyncio.sleep(grace_s)
+    await asyncio.to_thread(engine.close)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket: connections queue from now on, also before the loop accepts them."""
+    if not 0 <= port <= 65535:
+        raise InvalidParameter("port", f"must be from 0 to 65535, not {port}")
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise InvalidParameter("port", f"cannot listen on {host}:{port}: {error}") from None
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
+    # uvicorn takes the signals too, to stop at once on a second SIGINT, and raises them again when
+    # it is done. These handlers make that harmless, so that the engine is closed in any case.
+    loop = asyncio.get_running_loop()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,61 @@
+"""What one server serves and within which limits; fixed when the app is made.
+
+Owns the served names and the values that every reply repeats. It never changes afterwards, so
+every reply of one server agrees on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from twostroke.errors import UnknownModel
+
+if TYPE_CHECKING:
+    from twostroke.engine.async_llm import AsyncLLM
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """aliases: further names the model answers to. max_body_bytes: longest request body."""
+
+    aliases: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The engine and what every reply says about it. created: Unix time of the server's start."""
+
+    engine: AsyncLLM
+    settings: ServerSettings
+    names: tuple[str, ...]
+    fingerprint: str
+    version: str
+    created: int
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModel unless `name` is served here."""
+        if name not in self.names:
+            shown = name if len(name) <= 64 else f"{name[:64]}…"
+            raise UnknownModel(f"the model {shown!r} is not served here; use {self.names[0]!r}")
+
+
+def describe_served(engine: AsyncLLM, settings: ServerSettings) -> Served:
+    """Gather what replies need to know of `engine`."""
+    try:
+        engine_version = version("twostroke")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        engine_version = "unknown"
+    facts = f"{engine.model_name}|{engine_version}|{engine.spec!r}"
+    return Served(
+        engine=engine,
+        settings=settings,
+        names=tuple(dict.fromkeys((engine.model_name, *settings.aliases))),
+        fingerprint=f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}",
+        version=engine_version,
+        created=int(time.time()),
+    )
