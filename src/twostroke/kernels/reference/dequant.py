@@ -53,7 +53,7 @@ def _nibbles(packed: U8) -> U8:
 
 def _fifth_bits(packed: U8) -> U8:
     """(blocks, 4) bytes to (blocks, 32): bit i of the 32-bit word, moved to value 16."""
-    return np.unpackbits(packed, axis=1, bitorder="little") << 4
+    return np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
 
 
 def _decode_f32(blocks: U8) -> F32:
@@ -180,7 +180,7 @@ def _decode_q6_k(blocks: U8) -> F32:
     low = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=2).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[None, None, :, None]
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
-    quants = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - np.float32(32)
+    quants: F32 = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - np.float32(32)
     scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
     scale = (_f16(blocks, 208) * scales)[:, :, None]
     return (scale * quants).reshape(len(blocks), 256)
