@@ -2,7 +2,8 @@
 
 Such a vocabulary merges, again and again, the two neighbours whose joined text is the token of the
 highest score, leftmost first. Listing, for every token in order of score, each way to cut it in
-two tokens gives an ordinary BPE the same choices. This module owns that list and its cache.
+two tokens gives an ordinary BPE the same choices, as long as no two such tokens have one score.
+This module owns that list and its cache.
 
 Most cuts can never happen. Whatever stands around them, neighbours a and b are only ever reached
 the way the text a+b alone would reach them; that run has one last step, so at most one cut of a
@@ -65,24 +66,30 @@ def get_cuts(vocabulary: Vocabulary) -> Cuts:
 def derive_cuts(vocabulary: Vocabulary) -> Cuts:
     """The cuts of a SentencePiece-style vocabulary, computed."""
     derivation = _Derivation(vocabulary)
-    by_length = sorted(derivation.scores, key=len)
-    kept = {text: places for text in by_length if (places := derivation.find_cuts(text))}
-    ids = {text: index for index, text in enumerate(vocabulary.tokens)}
-    ranked = sorted(kept, key=lambda text: (-derivation.scores[text], ids[text]))
+    texts, scores = vocabulary.tokens, vocabulary.scores
+    mergeable = [token for token, kind in enumerate(vocabulary.types) if kind not in _UNMERGED]
+    mergeable.sort(key=lambda token: len(texts[token]))
+    kept = {token: cuts for token in mergeable if (cuts := derivation.find_cuts(texts[token]))}
     tokens, positions = array("I"), array("H")
-    for text in ranked:
-        for at in kept[text]:
-            tokens.append(ids[text])
+    for token in sorted(sorted(kept), key=scores.__getitem__, reverse=True):
+        for at in kept[token]:
+            tokens.append(token)
             positions.append(at)
     return Cuts(tokens, positions)
+
+
+# The last merge that makes a token: its score and the two pieces it joins. A plain tuple, because
+# a quarter of a million of them are made in the first second of a model's life.
+_Made = tuple[float, str, str]
 
 
 class _Derivation:
     """Finds the cuts of tokens, shorter tokens first.
 
-    `formed` holds, for each token with exactly one cut whose every step merges tokens of at least
-    its own score, that cut. Such a token's merges happen in falling order of score, so they can be
-    undone in rising order. `bases` are tokens no merge makes. Any other token is left undecided.
+    `_last` holds what makes a token: None for tokens no merge makes; for a token with exactly one
+    cut whose every step joins pieces of at least its own score, that merge. Such a token's merges
+    happen in falling order of score, so they can be undone in rising order. Any other token is
+    absent: undecided.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -93,8 +100,7 @@ class _Derivation:
             )
             if kind not in _UNMERGED
         }
-        self._formed: dict[str, tuple[str, str]] = {}
-        self._bases: set[str] = set()
+        self._last: dict[str, _Made | None] = {}
 
     def find_cuts(self, text: str) -> list[int]:
         """Positions at which `text` is cut in two tokens, without those that can never happen."""
@@ -103,15 +109,18 @@ class _Derivation:
         if len(places) > 1:
             places = [at for at in places if self._may_happen(text[:at], text[at:])]
         if not places:
-            self._bases.add(text)
+            self._last[text] = None
         elif len(places) == 1:
-            left, right = text[: places[0]], text[places[0] :]
-            if self._is_above(left, scores[text]) and self._is_above(right, scores[text]):
-                self._formed[text] = (left, right)
+            score, left, right = scores[text], text[: places[0]], text[places[0] :]
+            if self._is_above(left, score) and self._is_above(right, score):
+                self._last[text] = (score, left, right)
         return places
 
     def _is_above(self, part: str, score: float) -> bool:
-        return part in self._bases or (part in self._formed and self.scores[part] >= score)
+        if part not in self._last:
+            return False
+        made = self._last[part]
+        return made is None or made[0] >= score
 
     def _may_happen(self, left: str, right: str) -> bool:
         """False when a merge across the seam always comes before `left` and `right` stand.
@@ -121,22 +130,23 @@ class _Derivation:
         had their merge a higher score, it would have been taken instead. Likewise on the right,
         where the merge across the seam lies further left and so wins a tie too.
         """
-        formed, scores, bases = self._formed, self.scores, self._bases
-        for half in (left, right):
-            if half not in formed and half not in bases:
-                return True
+        last, get_score = self._last, self.scores.get
+        if left not in last or right not in last:
+            return True
+        made_left, made_right = last[left], last[right]
         while True:
-            left_cut, right_cut = formed.get(left), formed.get(right)
-            if left_cut and not (right_cut and scores[right] <= scores[left]):
-                made, left = scores[left], left_cut[1]
-                across = scores.get(left + right)
-                if across is not None and across > made:
+            if made_left and (made_right is None or made_right[0] > made_left[0]):
+                left = made_left[2]
+                across = get_score(left + right)
+                if across is not None and across > made_left[0]:
                     return False
-            elif right_cut:
-                made, right = scores[right], right_cut[0]
-                across = scores.get(left + right)
-                if across is not None and across >= made:
+                made_left = last[left]
+            elif made_right:
+                right = made_right[1]
+                across = get_score(left + right)
+                if across is not None and across >= made_right[0]:
                     return False
+                made_right = last[right]
             else:
                 return True
 

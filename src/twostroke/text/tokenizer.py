@@ -22,10 +22,12 @@ from twostroke.spec.vocabulary import TokenType, Vocabulary, VocabularyKind
 from twostroke.text.merges import get_cuts
 from twostroke.text.pretokenize import build_pretokenizer, find_family
 from twostroke.text.special import SpecialMatcher
-from twostroke.text.tokens import SPACE_MARK, Spelling, TokenTable
+from twostroke.text.tokens import SPACE_MARK, Spelling, TokenTable, get_byte_letters
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Merger
+
+_GAP = "a byte without a token"  # no token of byte-level BPE has a space in its spelling
 
 
 class Encoder(Protocol):
@@ -218,6 +220,7 @@ class _PieceEncoder:
         self._merger = merger
         self._prefix = prefix
         self._marked = marked
+        self._gap = len(vocabulary.tokens)
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """See Encoder."""
@@ -229,7 +232,7 @@ class _PieceEncoder:
             if self._marked:
                 piece = self._prefix + piece.replace(self._marked, SPACE_MARK)
             ids += self._merger.encode(piece, add_special_tokens=False).ids
-        return ids
+        return [token for token in ids if token != self._gap] if self._gap in ids else ids
 
 
 def _check_lists(vocabulary: Vocabulary) -> None:
@@ -261,6 +264,7 @@ def _build_byte_bpe(vocabulary: Vocabulary) -> Merger:
 
     family = find_family(vocabulary.pre)
     ids = _get_ids(vocabulary)
+    letters = get_byte_letters()
     merges: list[tuple[str, str]] = []
     for rank, line in enumerate(vocabulary.merges):
         # Searched from the second character on, as a merge may begin with a space.
@@ -269,7 +273,11 @@ def _build_byte_bpe(vocabulary: Vocabulary) -> Merger:
         if at < 0 or left not in ids or right not in ids or left + right not in ids:
             raise CorruptModel(f"vocabulary: merge {rank}, {line!r}, is not of two tokens to one")
         merges.append((left, right))
-    merger = Library(BPE(ids, merges, ignore_merges=family.whole_words))
+    # A byte without a token must stay between its neighbours until all merges are done, or they
+    # would merge over it; so it becomes an id beyond the vocabulary, which encode() drops.
+    gap = {} if all(letter in ids for letter in letters) else {_GAP: len(ids)}
+    unknown = _GAP if gap else None
+    merger = Library(BPE(ids | gap, merges, unk_token=unknown, ignore_merges=family.whole_words))
     merger.pre_tokenizer = build_pretokenizer(family)
     return merger
 
