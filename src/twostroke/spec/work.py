@@ -1,0 +1,299 @@
+"""The only FLOP and byte formulas: what one step of a model computes, reads and writes.
+
+Loader, planner, engine, benchmarks and simulator all divide by these numbers, so nothing else may
+count work. Counted is what any exact implementation must do; a multiply-add is two operations.
+
+Bytes count main memory only, each once a step: weights as stored, keys and values of earlier steps
+read, those of this step written. Activations and logits are left out, because they are written and
+read again at once and fit in a cache: for SmolLM2-135M 2 kB a token for each tensor of the width,
+and 0.2 MB of logits a sampled position beside 28 million weights. So are keys and values of this step
+read back within it, token ids and block tables (4 bytes a token). Also left out: decoding
+quantised weights, softmax exponentials (one a score, 1 / (4 * head_dim) of attention's
+operations), sampling.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from twostroke.spec.device import DeviceSpec
+from twostroke.spec.model import ModelSpec, TensorSpec
+
+# Parts of a step, in forward order, and the tensors whose bytes and products belong to each.
+PARTS = ("embed", "elementwise", "projections", "attention", "ffn", "head")
+_PROJECTIONS = frozenset("qkvo")
+_FFN = frozenset(("gate", "up", "down"))
+
+# Operations of the elementwise part, for each value that passes through it.
+_NORM_OPS = 4  # square, sum, times 1/rms, times weight (Zhang & Sennrich 2019, eq. 4)
+_ROPE_OPS = 3  # two products and one sum a value (Su et al. 2021, eq. 34)
+_RESIDUAL_OPS = 1
+_GATE_OPS = 5  # negate, exp, add, divide, times `up` (Shazeer 2020, eq. 5); an exp counts as one
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """One sequence's share of a step.
+
+    new_tokens: computed in this step, at positions context_before and on. sampled: how many of
+    them need logits.
+    """
+
+    new_tokens: int
+    context_before: int
+    sampled: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.new_tokens > 0
+        assert self.context_before >= 0
+        assert 0 <= self.sampled <= self.new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """All rows of a step."""
+
+    rows: tuple[RowShape, ...]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(row.new_tokens for row in self.rows)
+
+    @property
+    def sampled(self) -> int:
+        """Positions whose logits are wanted."""
+        return sum(row.sampled for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PartWork:
+    """Work of one part of a step.
+
+    ops: (arithmetic, operations) pairs, arithmetic being "int8" for products with quantised
+    weights (activations are quantised to 8 bits) and "fp32" for all else.
+    """
+
+    name: str
+    ops: tuple[tuple[str, int], ...] = ()
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Operations in any arithmetic."""
+        return sum(count for _, count in self.ops)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written."""
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Work of a step: its parts in the order of PARTS.
+
+    kv_bytes_read and kv_bytes_written are included in the attention part.
+    """
+
+    parts: tuple[PartWork, ...]
+    kv_bytes_read: int
+    kv_bytes_written: int
+
+    @property
+    def flops(self) -> int:
+        """Operations of all parts."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by all parts."""
+        return sum(part.bytes for part in self.parts)
+
+    def get_part(self, name: str) -> PartWork:
+        """The part called `name`, one of PARTS."""
+        return self.parts[PARTS.index(name)]
+
+
+@dataclass(frozen=True, slots=True)
+class PartFloor:
+    """The least time a part can take, and what sets it: "memory" or "compute"."""
+
+    name: str
+    seconds: float
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least time a step can take.
+
+    seconds: sum over `parts`, which depend on each other and so run one after another. bound_by:
+    the resource that sets most of it.
+    """
+
+    seconds: float
+    bound_by: str
+    parts: tuple[PartFloor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWork:
+    """What a model costs, summed over its tensors once, so that counting a step is cheap.
+
+    matrix_ops: (part, arithmetic, operations a token) of every product with weights, biases
+    included. weight_bytes: (part, bytes) read whole in each step that runs the part.
+    elementwise_ops: operations a token. embed_row_bytes: one row of the embedding as stored.
+    windows: (window, layers that have it). pair_ops: of one query with one key in one layer, for
+    all heads. kv_layer_bytes: K and V of one token in one layer.
+    """
+
+    matrix_ops: tuple[tuple[str, str, int], ...]
+    weight_bytes: tuple[tuple[str, int], ...]
+    elementwise_ops: int
+    embed_row_bytes: int
+    windows: tuple[tuple[int | None, int], ...]
+    pair_ops: int
+    kv_layer_bytes: int
+
+    def get_step_work(self, shape: StepShape) -> StepWork:
+        """Work of one step, all parts; a head that nobody needs costs nothing."""
+        tokens, sampled = shape.new_tokens, shape.sampled
+        weight_bytes = dict(self.weight_bytes)
+        ops: dict[str, Counter[str]] = {name: Counter() for name in PARTS}
+        for part, arithmetic, per_token in self.matrix_ops:
+            ops[part][arithmetic] += per_token * (sampled if part == "head" else tokens)
+        ops["elementwise"]["fp32"] += self.elementwise_ops * tokens
+        ops["attention"]["fp32"] += self.pair_ops * sum(
+            layers * count_pairs(row.new_tokens, row.context_before, window)
+            for window, layers in self.windows
+            for row in shape.rows
+        )
+        kv_read = self.kv_layer_bytes * sum(
+            layers * count_earlier_keys(row.context_before, window)
+            for window, layers in self.windows
+            for row in shape.rows
+        )
+        kv_written = self.kv_layer_bytes * tokens * sum(layers for _, layers in self.windows)
+        read = {name: weight_bytes.get(name, 0) if tokens else 0 for name in PARTS}
+        read["embed"] = self.embed_row_bytes * tokens
+        read["attention"] = kv_read
+        if not sampled:
+            read["head"] = 0
+        parts = tuple(
+            PartWork(
+                name,
+                tuple((kind, count) for kind, count in sorted(ops[name].items()) if count),
+                read[name],
+                kv_written if name == "attention" else 0,
+            )
+            for name in PARTS
+        )
+        return StepWork(parts, kv_read, kv_written)
+
+
+def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
+    """Costs of `spec`; kv_element_bytes is the size of one stored K or V value."""
+    matrix_ops: Counter[tuple[str, str]] = Counter()
+    weight_bytes: Counter[str] = Counter()
+    embed_row_bytes = 0
+    for tensor in spec.tensors():
+        part = _get_part(tensor)
+        if part == "embed":
+            embed_row_bytes = tensor.bytes // spec.vocab_size
+            if not spec.tied_embeddings:
+                continue
+            part = "head"
+        weight_bytes[part] += tensor.bytes
+        if part != "elementwise":
+            arithmetic = "int8" if tensor.format.is_quantised else "fp32"
+            # A matrix costs a multiply-add a weight and token, a bias one addition.
+            per_weight = 2 if len(tensor.shape) == 2 else 1
+            matrix_ops[part, arithmetic] += per_weight * tensor.num_weights
+    windows = Counter(layer.window for layer in spec.layers)
+    return ModelWork(
+        matrix_ops=tuple((part, kind, ops) for (part, kind), ops in matrix_ops.items()),
+        weight_bytes=tuple(weight_bytes.items()),
+        elementwise_ops=_count_elementwise_ops(spec),
+        embed_row_bytes=embed_row_bytes,
+        windows=tuple(windows.items()),
+        # q·k and p·v: a multiply-add a value of the head each (Vaswani et al. 2017, eq. 1).
+        pair_ops=4 * spec.num_heads * spec.head_dim,
+        kv_layer_bytes=2 * spec.num_kv_heads * spec.head_dim * kv_element_bytes,
+    )
+
+
+def get_step_work(spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2) -> StepWork:
+    """Work of one step of `spec`. Who counts many steps keeps `get_model_work`'s value instead."""
+    return get_model_work(spec, kv_element_bytes).get_step_work(shape)
+
+
+def get_floor_seconds(work: StepWork, device: DeviceSpec) -> Floor:
+    """Least time of a step on a device (the roofline of Williams et al. 2009, part by part).
+
+    A part takes at least its bytes over the memory bandwidth and at least its operations over
+    their rates; both go on at once, so the longer counts. Left out: caches that keep weights from
+    one step to the next, and everything `StepWork` leaves out. Raises ValueError when the device
+    has no rate for an arithmetic the step needs.
+    """
+    parts = []
+    seconds = {"memory": 0.0, "compute": 0.0}
+    for part in work.parts:
+        memory = part.bytes / device.memory_bandwidth
+        compute = sum(count / device.get_rate(kind) for kind, count in part.ops)
+        bound_by = "memory" if memory >= compute else "compute"
+        parts.append(PartFloor(part.name, max(memory, compute), bound_by))
+        seconds[bound_by] += max(memory, compute)
+    bound_by = "memory" if seconds["memory"] >= seconds["compute"] else "compute"
+    return Floor(sum(seconds.values()), bound_by, tuple(parts))
+
+
+def count_pairs(new_tokens: int, context_before: int, window: int | None) -> int:
+    """(query, key) pairs of causal attention over one row in one layer, exactly.
+
+    The query at position p sees p + 1 keys, itself included, or the last `window` of them.
+    """
+    first, end = context_before + 1, context_before + new_tokens + 1  # keys seen: first … end-1
+    if window is None:
+        return _sum_range(first, end)
+    growing_end = min(max(first, window), end)  # queries that see fewer than `window` keys
+    return _sum_range(first, growing_end) + window * (end - growing_end)
+
+
+def count_earlier_keys(context_before: int, window: int | None) -> int:
+    """Keys of earlier steps that some query of a row sees, in one layer.
+
+    The first new query sees the most of them: the last window - 1 when there is a window.
+    """
+    return context_before if window is None else min(context_before, window - 1)
+
+
+def _sum_range(first: int, end: int) -> int:
+    return (first + end - 1) * (end - first) // 2
+
+
+def _get_part(tensor: TensorSpec) -> str:
+    if tensor.name in ("embed", "head"):
+        return tensor.name
+    words = tensor.name.split(".")
+    kind = words[2] if len(words) > 2 else words[0]
+    if kind in _PROJECTIONS:
+        return "projections"
+    return "ffn" if kind in _FFN else "elementwise"
+
+
+def _count_elementwise_ops(spec: ModelSpec) -> int:
+    """Operations a token in norms, rope, residuals and gates; the final norm counts every token."""
+    query, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    norms = spec.width * (4 if spec.post_norms else 2)
+    if spec.qk_norm:
+        norms += query + keys
+    layer = (
+        _NORM_OPS * norms
+        + _ROPE_OPS * (query + keys)
+        + _RESIDUAL_OPS * 2 * spec.width
+        + _GATE_OPS * spec.ffn_width
+    )
+    return spec.num_layers * layer + _NORM_OPS * spec.width
