@@ -1,0 +1,227 @@
+"""From a plan's rows to the arrays of the samplers, and from their answers to row results.
+
+Owns which positions of a step need logits and in what order they are answered: the positions that
+draw a token, row after row, and apart from them the positions that score a known next token. It
+keeps nothing between steps and does no arithmetic on logits.
+
+A row with d drafts draws at its last d + 1 positions. The draw is data (seed, sequence index,
+position), so a draft is accepted exactly when it is the token that would have been drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+
+from twostroke.core.types import Row, RowResult, SamplingSpec, StepPlan, Token, TokenLogprob
+from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays
+
+_SEED_MASK = 2**64 - 1
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LogitLayout:
+    """Which of a step's tokens need logits, as ascending int32 indices into the step's tokens.
+
+    sampled (N,): the positions that draw, in the order of `build_sampling_arrays`. scored (S,):
+    the positions whose next token is known, with that token in targets (S,) and the number of
+    alternatives to report in top (S,).
+    """
+
+    sampled: I32
+    scored: I32
+    targets: I32
+    top: I32
+
+
+def build_logit_layout(plan: StepPlan) -> LogitLayout:
+    """The logits a step needs. Entry i of a row's `scored` belongs to the row's token i."""
+    ends = list(accumulate(len(row.tokens) for row in plan.rows))
+    sampled = chain.from_iterable(
+        range(end - row.drafts - 1, end)
+        for row, end in zip(plan.rows, ends, strict=True)
+        if row.sampling is not None
+    )
+    scoring = [(row, end) for row, end in zip(plan.rows, ends, strict=True) if row.scored]
+    scored = [end - len(row.tokens) + i for row, end in scoring for i in range(len(row.scored))]
+    targets = list(chain.from_iterable(row.scored for row, _ in scoring))
+    top = [row.scored_top for row, _ in scoring for _ in row.scored]
+    return LogitLayout(
+        np.fromiter(sampled, np.int32),
+        np.array(scored, np.int32),
+        np.array(targets, np.int32),
+        np.array(top, np.int32),
+    )
+
+
+def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
+    """How every drawing position of these rows is sampled, in the order of the layout.
+
+    A seed is taken modulo 2^64. Rows without sampling are passed over.
+    """
+    draws = [
+        (row, row.sampling, back)
+        for row in rows
+        if row.sampling is not None
+        for back in range(row.drafts, -1, -1)
+    ]
+    specs = [spec for _, spec, _ in draws]
+    biases = [spec.logit_bias for spec in specs]
+    histories = [_get_history(row, back) for row, _, back in draws]
+    counter = [(row.start + len(row.tokens) - back, row.sequence.index) for row, _, back in draws]
+    return SamplingArrays(
+        temperature=np.array([spec.temperature for spec in specs], np.float32),
+        top_k=np.array([min(spec.top_k, _INT32_MAX) for spec in specs], np.int32),
+        top_p=np.array([spec.top_p for spec in specs], np.float32),
+        min_p=np.array([spec.min_p for spec in specs], np.float32),
+        repetition=np.array([spec.repetition_penalty for spec in specs], np.float32),
+        presence=np.array([spec.presence_penalty for spec in specs], np.float32),
+        frequency=np.array([spec.frequency_penalty for spec in specs], np.float32),
+        seed=np.array([spec.seed & _SEED_MASK for spec in specs], np.uint64),
+        counter=np.array(counter, np.uint64).reshape(len(draws), 2),
+        bias_offsets=_get_offsets(biases),
+        bias_tokens=np.array([token for bias in biases for token, _ in bias], np.int32),
+        bias_values=np.array([addend for bias in biases for _, addend in bias], np.float32),
+        history_offsets=_get_offsets(histories),
+        history_tokens=np.fromiter(chain.from_iterable(histories), np.int32),
+        history_prompt=np.array([row.history_prompt for row, _, _ in draws], np.int32),
+        top=np.array([-1 if spec.logprobs is None else spec.logprobs for spec in specs], np.int32),
+    )
+
+
+def get_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays:
+    """Draws start … stop - 1 of `arrays`, for a backend that takes logits a few rows at a time."""
+    part = slice(start, stop)
+    bias = arrays.bias_offsets[start : stop + 1]
+    history = arrays.history_offsets[start : stop + 1]
+    return SamplingArrays(
+        temperature=arrays.temperature[part],
+        top_k=arrays.top_k[part],
+        top_p=arrays.top_p[part],
+        min_p=arrays.min_p[part],
+        repetition=arrays.repetition[part],
+        presence=arrays.presence[part],
+        frequency=arrays.frequency[part],
+        seed=arrays.seed[part],
+        counter=arrays.counter[part],
+        bias_offsets=bias - bias[0],
+        bias_tokens=arrays.bias_tokens[bias[0] : bias[-1]],
+        bias_values=arrays.bias_values[bias[0] : bias[-1]],
+        history_offsets=history - history[0],
+        history_tokens=arrays.history_tokens[history[0] : history[-1]],
+        history_prompt=arrays.history_prompt[part],
+        top=arrays.top[part],
+    )
+
+
+def join_drawn(parts: Sequence[Drawn]) -> Drawn:
+    """One answer out of several, in order; none gives an answer of no rows."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.tokens.size for part in parts)
+    width = max((part.top_tokens.shape[1] for part in parts), default=0)
+    top_tokens = np.full((rows, width), -1, np.int32)
+    top_logprobs = np.full((rows, width), np.nan, np.float32)
+    start = 0
+    for part in parts:
+        count, some = part.top_tokens.shape
+        top_tokens[start : start + count, :some] = part.top_tokens
+        top_logprobs[start : start + count, :some] = part.top_logprobs
+        start += count
+    tokens = np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)])
+    logprobs = np.concatenate([np.empty(0, np.float32), *(part.logprobs for part in parts)])
+    return Drawn(tokens, logprobs, top_tokens, top_logprobs)
+
+
+def build_results(plan: StepPlan, drawn: Drawn, scored: Drawn) -> tuple[RowResult, ...]:
+    """One result per row of the plan, in order.
+
+    drawn: of the layout's sampled positions; scored: of its scored ones, both complete.
+    """
+    draws = _get_entries(drawn)
+    scores = iter(_get_entries(scored)) if scored.tokens.size else iter(())
+    results = []
+    at = 0
+    for row in plan.rows:
+        spec = row.sampling
+        known = tuple(_cut(next(scores), row.scored_top) for _ in row.scored)
+        if spec is None:
+            results.append(RowResult(row.sequence, scored=known))
+            continue
+        accepted = _count_accepted(row, draws, at)
+        new = draws[at : at + accepted + 1]
+        at += row.drafts + 1
+        results.append(
+            RowResult(
+                row.sequence,
+                tuple(entry.token for entry in new),
+                accepted,
+                _get_logprobs(new, spec),
+                known,
+            )
+        )
+    assert at == len(draws), "the draws do not belong to this plan"
+    return tuple(results)
+
+
+def sample_native(logits: F32, arrays: SamplingArrays, pool: Any = None) -> Drawn:
+    """`kernels.reference.sampling.sample`, natively; rows are shared out over `pool`'s threads."""
+    from twostroke._native import sample
+
+    return Drawn(*sample(logits, arrays, pool))
+
+
+def score_native(logits: F32, targets: I32, top: I32, pool: Any = None) -> Drawn:
+    """`kernels.reference.sampling.score`, natively; rows are shared out over `pool`'s threads."""
+    from twostroke._native import score
+
+    return Drawn(*score(logits, targets, top, pool))
+
+
+def _get_history(row: Row, back: int) -> tuple[Token, ...]:
+    """Tokens before the draw that is `back` positions before the row's last."""
+    if not row.drafts or not row.history:
+        return row.history
+    return row.history + row.tokens[len(row.tokens) - row.drafts : len(row.tokens) - back]
+
+
+def _get_offsets(lists: Sequence[Sequence[object]]) -> I32:
+    return np.fromiter(accumulate(map(len, lists), initial=0), np.int32, len(lists) + 1)
+
+
+def _get_entries(drawn: Drawn) -> list[TokenLogprob]:
+    """Each row with all alternatives the arrays hold, as Python values."""
+    tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
+    if not drawn.top_tokens.shape[1]:
+        return list(map(TokenLogprob, tokens, logprobs))
+    tops = zip(drawn.top_tokens.tolist(), drawn.top_logprobs.tolist(), strict=True)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(best, values, strict=True)))
+        for token, logprob, (best, values) in zip(tokens, logprobs, tops, strict=True)
+    ]
+
+
+def _cut(entry: TokenLogprob, count: int) -> TokenLogprob:
+    """The entry with its `count` best alternatives."""
+    if len(entry.top) <= count:
+        return entry
+    return TokenLogprob(entry.token, entry.logprob, entry.top[:count])
+
+
+def _get_logprobs(new: list[TokenLogprob], spec: SamplingSpec) -> tuple[TokenLogprob, ...]:
+    count = spec.logprobs
+    return () if count is None else tuple(_cut(entry, count) for entry in new)
+
+
+def _count_accepted(row: Row, draws: list[TokenLogprob], at: int) -> int:
+    """How many leading drafts of a row are the tokens drawn in their places."""
+    drafts = row.tokens[len(row.tokens) - row.drafts :]
+    for index, draft in enumerate(drafts):
+        if draws[at + index].token != draft:
+            return index
+    return row.drafts
