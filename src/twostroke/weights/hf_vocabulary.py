@@ -5,7 +5,7 @@ end a text, which end a turn, and the chat template. Sources, the first that spe
 
     bos, eos        tokenizer_config.json by spelling, then config.json by id
     stop tokens     all ids of config.json and generation_config.json, and turn ends by spelling
-    add_bos         tokenizer_config.json, then the template in tokenizer.json's post-processor
+    add_bos         tokenizer_config.json; what tokenizer.json itself adds, `text/` finds there
     chat template   chat_template.jinja, then tokenizer_config.json
 """
 
@@ -42,7 +42,6 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     begins = _get_ids(config_path, config, "bos_token_id", vocab_size)
     bos = _find_token(settings, "bos_token", added, tokenizer, begins)
     eos = _find_token(settings, "eos_token", added, tokenizer, ends)
-    template_bos, template_eos = _read_post_processor(tokenizer.get("post_processor"))
     return Vocabulary(
         kind=VocabularyKind.TOKENIZER_JSON,
         bos=bos,
@@ -50,8 +49,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         unknown=_find_token(settings, "unk_token", added, tokenizer, []),
         padding=_find_token(settings, "pad_token", added, tokenizer, []),
         stop_tokens=frozenset(stops if eos is None else stops | {eos}),
-        add_bos=bos is not None and _get_flag(settings, "add_bos_token", template_bos),
-        add_eos=eos is not None and _get_flag(settings, "add_eos_token", template_eos),
+        add_bos=bos is not None and settings.get("add_bos_token") is True,
+        add_eos=eos is not None and settings.get("add_eos_token") is True,
         chat_template=_read_template(folder, settings),
         json_path=json_path,
     )
@@ -59,11 +58,6 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _get_flag(settings: dict[str, Any], key: str, default: bool) -> bool:
-    value = settings.get(key)
-    return value if isinstance(value, bool) else default
 
 
 def _get_ids(path: Path, config: dict[str, Any], key: str, vocab_size: int) -> list[int]:
@@ -110,20 +104,6 @@ def _find_token(
         if isinstance(token, int):
             return token
     return fallback[0] if fallback else None
-
-
-def _read_post_processor(processor: Any) -> tuple[bool, bool]:
-    """Whether tokenizer.json puts a special token before, and after, a single text."""
-    if not isinstance(processor, dict):
-        return False, False
-    if processor.get("type") == "Sequence":
-        found = [_read_post_processor(each) for each in processor.get("processors") or []]
-        return any(before for before, _ in found), any(after for _, after in found)
-    pieces = processor.get("single")
-    if processor.get("type") != "TemplateProcessing" or not isinstance(pieces, list):
-        return False, False
-    special = [isinstance(each, dict) and "SpecialToken" in each for each in pieces]
-    return bool(special) and special[0], bool(special) and special[-1]
 
 
 def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
