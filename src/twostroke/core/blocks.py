@@ -1,0 +1,161 @@
+"""KV blocks: who holds which, and which are free.
+
+Owns the reference counts of the pool's blocks and the block tables of sequences. A block has
+*references* (tables that list it) and *pins* (steps in flight that still need its contents, so
+that a lost copy can be made again). It is free exactly when it has neither; nothing else decides
+that. Only block ids live here, never KV bytes. A block that two tables list is never written: the
+writer splits off a copy first (copy-on-write).
+
+    references > 0            held by sequences
+    references = 0, pins > 0  waiting for a step in flight to settle
+    both 0                    on the free list
+"""
+
+from __future__ import annotations
+
+from twostroke.core.types import BlockCopy, BlockId
+
+
+class BlockAllocator:
+    """Reference counts and the free list of a pool of `num_blocks` blocks.
+
+    The free list is a stack: a block freed last is the likeliest to be in a cache still, both ends
+    of a Python list's tail are O(1), and at once reusing a block makes a use after free show.
+    """
+
+    __slots__ = ("_free", "_pins", "_references")
+
+    def __init__(self, num_blocks: int) -> None:
+        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        self._pins = [0] * num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return len(self._references)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self._free)
+
+    def get_references(self, block: BlockId) -> int:
+        """How many tables list `block`."""
+        return self._references[block]
+
+    def get_pins(self, block: BlockId) -> int:
+        """How many steps in flight keep `block` from being reused."""
+        return self._pins[block]
+
+    def get_free(self) -> tuple[BlockId, ...]:
+        """The free blocks; the last is taken next."""
+        return tuple(self._free)
+
+    def take(self) -> BlockId:
+        """Take a free block with one reference; there must be one (`num_free`)."""
+        assert self._free, "take from an empty free list: the caller checks num_free first"
+        block = self._free.pop()
+        self._references[block] = 1
+        return block
+
+    def share(self, block: BlockId) -> None:
+        """Add a reference to a block that is not free."""
+        assert self._references[block] or self._pins[block], f"block {block} is free"
+        self._references[block] += 1
+
+    def drop(self, block: BlockId) -> None:
+        """Take one reference away; the block is freed with its last reference and pin."""
+        references = self._references[block] - 1
+        assert references >= 0, f"block {block} has no reference to drop"
+        self._references[block] = references
+        if not references and not self._pins[block]:
+            self._free.append(block)
+
+    def pin(self, block: BlockId) -> None:
+        """Keep a held block from being reused until `unpin`."""
+        assert self._references[block], f"block {block} is pinned without being held"
+        self._pins[block] += 1
+
+    def unpin(self, block: BlockId) -> None:
+        """Undo one `pin`."""
+        pins = self._pins[block] - 1
+        assert pins >= 0, f"block {block} has no pin to undo"
+        self._pins[block] = pins
+        if not pins and not self._references[block]:
+            self._free.append(block)
+
+
+class BlockTable:
+    """One sequence's blocks in order of position; every entry is one reference.
+
+    The tuple that plans carry is cached, because a table changes once per block of tokens while a
+    plan shows it every step.
+    """
+
+    __slots__ = ("_allocator", "_blocks", "_shown")
+
+    def __init__(self, allocator: BlockAllocator) -> None:
+        self._allocator = allocator
+        self._blocks: list[BlockId] = []
+        self._shown: tuple[BlockId, ...] | None = ()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get_blocks(self) -> tuple[BlockId, ...]:
+        """The blocks in order of position."""
+        if self._shown is None:
+            self._shown = tuple(self._blocks)
+        return self._shown
+
+    def is_shared(self, index: int) -> bool:
+        """True when entry `index` exists and another table lists the same block."""
+        return index < len(self._blocks) and (
+            self._allocator.get_references(self._blocks[index]) > 1
+        )
+
+    def grow(self, count: int) -> None:
+        """Append `count` fresh blocks."""
+        self._blocks.extend(self._allocator.take() for _ in range(count))
+        self._shown = None
+
+    def shrink(self, count: int) -> None:
+        """Drop the last `count` blocks, the inverse of `grow`."""
+        for _ in range(count):
+            self._allocator.drop(self._blocks.pop())
+        self._shown = None
+
+    def clear(self) -> None:
+        """Drop every block."""
+        self.shrink(len(self._blocks))
+
+    def fork(self) -> BlockTable:
+        """A new table that shares every block of this one."""
+        twin = BlockTable(self._allocator)
+        for block in self._blocks:
+            self._allocator.share(block)
+        twin._blocks = list(self._blocks)
+        twin._shown = self._shown
+        return twin
+
+    def split(self, index: int) -> BlockCopy:
+        """Replace the shared block at `index` by a fresh one; returns the copy to make.
+
+        The source stays pinned, so that `rejoin` can undo this; who settles the copy unpins it.
+        """
+        source = self._blocks[index]
+        self._allocator.pin(source)
+        target = self._allocator.take()
+        self._allocator.drop(source)
+        self._blocks[index] = target
+        self._shown = None
+        return BlockCopy(source, target)
+
+    def rejoin(self, index: int, source: BlockId) -> None:
+        """Undo `split`: list the pinned `source` at `index` again and give its copy back."""
+        self._allocator.share(source)
+        self._allocator.unpin(source)
+        self._allocator.drop(self._blocks[index])
+        self._blocks[index] = source
+        self._shown = None

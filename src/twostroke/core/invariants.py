@@ -1,0 +1,111 @@
+"""What must be true of a scheduler between any two inputs.
+
+`check` recounts from scratch everything the scheduler keeps incrementally. It is for tests and for
+a debugging engine; it reads the scheduler's private state and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from twostroke.core.scheduler import MAX_IN_FLIGHT, Scheduler
+from twostroke.core.sequence import Sequence, State
+from twostroke.core.steps import Placement
+from twostroke.core.types import BlockId
+
+
+def check(scheduler: Scheduler) -> None:
+    """Raise AssertionError naming the first broken invariant."""
+    placements = [place for flight in scheduler._flights for place in flight.placements]
+    sequences = _collect_sequences(scheduler, placements)
+    _check_lines(scheduler, sequences)
+    _check_marks(scheduler, sequences, placements)
+    _check_groups(scheduler)
+    _check_blocks(scheduler, sequences, placements)
+    _check_counts(scheduler)
+
+
+def _collect_sequences(scheduler: Scheduler, placements: list[Placement]) -> list[Sequence]:
+    """Every sequence the scheduler remembers, ended ones with rows in flight included."""
+    found = {id(one): one for group in scheduler._groups.values() for one in group.sequences}
+    found.update((id(place.sequence), place.sequence) for place in placements)
+    found.update((id(one), one) for one in scheduler._reserved.values())
+    return list(found.values())
+
+
+def _check_lines(scheduler: Scheduler, sequences: list[Sequence]) -> None:
+    running = scheduler._running
+    keys = [one.key for one in running]
+    assert keys == sorted(keys), "running: out of policy order"
+    assert all(one.state is State.RUNNING for one in running), "running: holds another state"
+    waiting = list(scheduler._waiting)
+    assert all(one.state is State.WAITING for one in waiting), "waiting: holds another state"
+    assert len(waiting) == len(scheduler._waiting), "waiting: miscounted"
+    for state, line in ((State.RUNNING, running), (State.WAITING, waiting)):
+        expected = sorted(one.key for one in sequences if one.state is state)
+        assert sorted(one.key for one in line) == expected, f"{state.value}: not those in the line"
+
+
+def _check_marks(
+    scheduler: Scheduler, sequences: list[Sequence], placements: list[Placement]
+) -> None:
+    assert len(scheduler._flights) <= MAX_IN_FLIGHT, "flights: too many"
+    steps = [flight.plan.step for flight in scheduler._flights]
+    assert steps == sorted(set(steps)), "flights: out of order"
+    rows = Counter(id(place.sequence) for place in placements)
+    block_tokens = scheduler.config.block_tokens
+    for one in sequences:
+        name = one.id
+        assert one.rows_in_flight == rows[id(one)], f"{name}: rows in flight miscounted"
+        if one.state is State.RUNNING:
+            assert 0 <= one.computed <= one.planned, f"{name}: computed beyond planned"
+            assert one.computed < len(one.tokens), f"{name}: nothing left to compute"
+            assert one.rows_in_flight or one.computed == one.planned, f"{name}: planned in no step"
+            assert one.rows_in_flight or one.gap > 0, f"{name}: runs without a gap"
+            assert len(one.table) * block_tokens >= one.planned, f"{name}: tokens without a block"
+        elif one.state in (State.WAITING, State.UNBORN):
+            assert not len(one.table), f"{name}: holds blocks while {one.state.value}"
+            assert one.computed == one.planned == 0, f"{name}: computed without blocks"
+        elif one.state is State.ENDED and not one.rows_in_flight:
+            held = scheduler._reserved.get(one.id.request) is one
+            assert held or not len(one.table), f"{name}: ended and settled, but holds blocks"
+
+
+def _check_groups(scheduler: Scheduler) -> None:
+    for name, group in scheduler._groups.items():
+        live = [one for one in group.sequences if one.state is not State.ENDED]
+        unborn = [one for one in live if one.state is State.UNBORN]
+        assert group.live == len(live) > 0, f"{name}: live sequences miscounted"
+        assert group.unborn == len(unborn) < len(live), f"{name}: unborn sequences miscounted"
+        assert not unborn or len(unborn) + 1 == len(live), f"{name}: two compute the prompt"
+        assert len(group.scored) <= group.scored_planned, f"{name}: scored more than planned"
+        assert group.scored_planned < len(group.request.prompt), f"{name}: scored twice"
+
+
+def _check_blocks(
+    scheduler: Scheduler, sequences: list[Sequence], placements: list[Placement]
+) -> None:
+    allocator = scheduler._allocator
+    references: Counter[BlockId] = Counter()
+    for one in sequences:
+        blocks = one.table.get_blocks()
+        assert len(set(blocks)) == len(blocks), f"{one.id}: lists a block twice"
+        references.update(blocks)
+    pins = Counter(place.source for place in placements if place.source is not None)
+    free = allocator.get_free()
+    assert len(set(free)) == len(free), "blocks: one is free twice"
+    listed_free = frozenset(free)
+    for block in range(allocator.num_blocks):
+        held = references[block], pins[block]
+        counted = allocator.get_references(block), allocator.get_pins(block)
+        assert counted == held, f"block {block}: counts {counted} references and pins, has {held}"
+        assert (block in listed_free) == (held == (0, 0)), f"block {block}: leaked, or free in use"
+    for place in placements:
+        first = place.row.start // scheduler.config.block_tokens
+        for block in place.row.blocks[first:]:
+            assert references[block] == 1, f"block {block}: written while shared"
+
+
+def _check_counts(scheduler: Scheduler) -> None:
+    counts = dict(scheduler.counts)
+    assert counts.pop("submitted") == sum(counts.values()), "counts: not conserved"

@@ -1,0 +1,125 @@
+"""The scheduler's mutable memory of requests and their sequences.
+
+Owned by `scheduler.py`; nobody else writes to it. A sequence is one of the n continuations of a
+request. Its tokens split at two marks:
+
+    0 ........ computed ........ planned ........ len(tokens)
+      KV lasting      KV in flight       the gap a plan closes
+
+`computed` moves when a step commits, `planned` when a step is planned or lost. With nothing in
+flight the two are equal. The last known token's KV is always missing while a sequence lives:
+computing it is what draws the next token.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from twostroke.core.blocks import BlockTable
+from twostroke.core.types import Request, Row, SequenceId, Token, TokenLogprob
+
+Key = tuple[tuple[int, ...], int, int]  # policy's rank, order of arrival, index
+
+
+class State(enum.Enum):
+    """Where a sequence stands. Only RESERVED and RUNNING sequences hold blocks, and ENDED ones
+    while a row of theirs is in flight or their reserved blocks are being written."""
+
+    UNBORN = "unborn"  # shares the request's sequence that computes the prompt, until the fork
+    WAITING = "waiting"
+    RESERVED = "reserved"  # its KV is being written from outside (see Scheduler.attach)
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A request and what its sequences share.
+
+    live: sequences not ended. unborn: those of them in state UNBORN. scored: log-probabilities of
+    prompt[1:], as far as committed; scored_planned counts those in flight too.
+    """
+
+    request: Request
+    live: int
+    unborn: int
+    needs_history: bool
+    sequences: list[Sequence] = field(default_factory=list)
+    scored: list[TokenLogprob] = field(default_factory=list)
+    scored_planned: int = 0
+    scored_emitted: bool = False
+
+    def take_scored(self) -> tuple[TokenLogprob, ...]:
+        """All of `scored` the first time, nothing afterwards."""
+        if self.scored_emitted:
+            return ()
+        self.scored_emitted = True
+        return tuple(self.scored)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation; `key` orders it among all others, smaller first.
+
+    rows_in_flight: rows in steps neither committed nor lost. ticket: its live entry in the waiting
+    queue. losses: lost steps since the last committed one.
+    """
+
+    id: SequenceId
+    group: Group
+    key: Key
+    tokens: list[Token]
+    table: BlockTable
+    state: State = State.UNBORN
+    computed: int = 0
+    planned: int = 0
+    rows_in_flight: int = 0
+    ticket: int = -1
+    losses: int = 0
+
+    @property
+    def gap(self) -> int:
+        """Tokens that could be planned now.
+
+        Before the fork the last prompt token is left out: each continuation computes it as its
+        own row, and so draws from its own logits. A row in flight that samples leaves no gap.
+        """
+        return len(self.tokens) - (1 if self.group.unborn else 0) - self.planned
+
+    def get_chunk(self, limit: int) -> int:
+        """Tokens of the next row: the gap, cut to `limit` and to an edge of prompt scoring.
+
+        Recomputed positions are not scored twice, so a row lies wholly before or wholly behind
+        the first position that has not been scored.
+        """
+        count = min(self.gap, limit)
+        request, edge = self.group.request, self.group.scored_planned
+        if request.prompt_logprobs is not None and self.planned < edge < len(request.prompt) - 1:
+            count = min(count, edge - self.planned)
+        return count
+
+    def build_row(self, count: int) -> Row:
+        """The row of the next `count` tokens; its blocks must be in the table already."""
+        group, start, end = self.group, self.planned, self.planned + count
+        request = group.request
+        samples = end == len(self.tokens)
+        shows_history = samples and group.needs_history
+        scores = request.prompt_logprobs is not None and start == group.scored_planned
+        return Row(
+            self.id,
+            tuple(self.tokens[start:end]),
+            start,
+            self.table.get_blocks(),
+            request.sampling if samples else None,
+            tuple(self.tokens) if shows_history else (),
+            len(request.prompt) if shows_history else 0,
+            0,
+            request.prompt[start + 1 : end + 1] if scores else (),
+            request.prompt_logprobs or 0 if scores else 0,
+        )
+
+    def forget_kv(self) -> None:
+        """Drop all blocks; everything known has to be computed again."""
+        self.table.clear()
+        self.computed = self.planned = 0
