@@ -7,40 +7,35 @@ probes, times from the engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twostroke.engine.outputs import RequestTimings
-
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What this machine was measured to do, with the engine's threads."""
-
-    read_bytes_per_s: float
-    int8_ops_per_s: float
-    fp32_flops_per_s: float
+    from twostroke.engine.metrics import EngineStats
+    from twostroke.spec.work import Floor
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What one step needs: bytes read from memory, 8-bit integer operations, 32-bit FLOPs."""
-
-    bytes: float
-    int8_ops: float
-    fp32_flops: float
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """The least time some steps can take, and what bounds most of it: "memory" or "arithmetic"."""
+class StrokeFloor:
+    """The least time all steps of a stroke can take, and what sets most of it."""
 
     seconds: float
-    bound: str
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One request's counts and times: prefill_s is first step to first token, decode_s the rest."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    prefill_s: float
+    decode_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class Stroke:
     tokens: int
     seconds: float
     latency_s: float
-    floor: Floor | None
+    floor: StrokeFloor | None
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,46 +73,42 @@ class Stroke:
         return self.floor.seconds / self.seconds
 
 
-def get_floor(demands: Iterable[Demand], limits: Limits) -> Floor:
-    """The least time for steps run one after the other (the roofline of Williams et al. 2009).
+def add_floors(floors: Iterable[Floor]) -> StrokeFloor:
+    """The floor of steps that run one after the other."""
+    seconds: Counter[str] = Counter()
+    for floor in floors:
+        for part in floor.parts:
+            seconds[part.bound_by] += part.seconds
+    return StrokeFloor(sum(seconds.values()), max(sorted(seconds), key=seconds.__getitem__))
 
-    Within a step memory and arithmetic overlap perfectly; the two kinds of arithmetic share the
-    cores and add up. Leaves out thread start-up, caches and everything outside the matrix products
-    that the demands do not count.
-    """
-    memory_s = arithmetic_s = total_s = 0.0
-    for demand in demands:
-        reading = demand.bytes / limits.read_bytes_per_s
-        computing = (
-            demand.int8_ops / limits.int8_ops_per_s + demand.fp32_flops / limits.fp32_flops_per_s
-        )
-        total_s += max(reading, computing)
-        if reading >= computing:
-            memory_s += reading
-        else:
-            arithmetic_s += computing
-    return Floor(total_s, "memory" if memory_s >= arithmetic_s else "arithmetic")
+
+def measure(before: EngineStats, after: EngineStats) -> Measured:
+    """What one request took that ran, alone, between two snapshots of an engine's statistics."""
+    return Measured(
+        prompt_tokens=after.prompt_tokens - before.prompt_tokens,
+        new_tokens=after.generation_tokens - before.generation_tokens,
+        ttft_s=after.ttft_seconds.sum - before.ttft_seconds.sum,
+        prefill_s=after.prefill_seconds.sum - before.prefill_seconds.sum,
+        decode_s=after.decode_seconds.sum - before.decode_seconds.sum,
+    )
 
 
 def get_strokes(
-    timings: RequestTimings, prefill_floor: Floor | None, decode_floor: Floor | None
+    measured: Measured, prefill_floor: StrokeFloor | None, decode_floor: StrokeFloor | None
 ) -> tuple[Stroke, Stroke]:
-    """Prefill and decode of a request that ran alone.
+    """Prefill and decode of a request that ran alone, beside their floors.
 
-    Prefill lasts from the first step to the first token, which it yields; decode from there to the
-    end, and computes one token less than were emitted. decode_floor is of all decode steps.
+    The first new token is the prefill's, so decode computes one token less than were emitted;
+    decode_floor is of all its steps.
     """
-    decoded = max(0, timings.decode_tokens - 1)
-    decode_s = max(0, timings.ended_ns - timings.first_token_ns) / 1e9 if decoded else 0.0
     prefill = Stroke(
-        "prefill",
-        timings.prefill_tokens,
-        max(0, timings.first_token_ns - timings.first_planned_ns) / 1e9,
-        max(0, timings.first_token_ns - timings.submitted_ns) / 1e9,
-        prefill_floor,
+        "prefill", measured.prompt_tokens, measured.prefill_s, measured.ttft_s, prefill_floor
     )
-    tpot_s = decode_s / decoded if decoded else 0.0
-    return prefill, Stroke("decode", decoded, decode_s, tpot_s, decode_floor)
+    decoded = max(0, measured.new_tokens - 1)
+    if not decoded:
+        return prefill, Stroke("decode", 0, 0.0, 0.0, None)
+    tpot_s = measured.decode_s / decoded
+    return prefill, Stroke("decode", decoded, measured.decode_s, tpot_s, decode_floor)
 
 
 def build_table(prefill: Stroke, decode: Stroke) -> Table:
@@ -136,7 +127,10 @@ def build_table(prefill: Stroke, decode: Stroke) -> Table:
         ("tokens/s", [_format_rate(stroke.tokens_per_s) for stroke in (prefill, decode)]),
         ("limit, tokens/s", [_format_rate(s.limit_tokens_per_s) for s in (prefill, decode)]),
         ("share of the limit", [_format_share(stroke.share) for stroke in (prefill, decode)]),
-        ("bound by", [stroke.floor.bound if stroke.floor else "–" for stroke in (prefill, decode)]),
+        (
+            "bound by",
+            [stroke.floor.bound_by if stroke.floor else "–" for stroke in (prefill, decode)],
+        ),
     )
     known = prefill.floor is not None or decode.floor is not None
     for name, cells in rows if known else rows[:1]:
@@ -154,7 +148,7 @@ def describe(stroke: Stroke) -> dict[str, object]:
         "tokens_per_s": stroke.tokens_per_s,
         "limit_tokens_per_s": stroke.limit_tokens_per_s,
         "share_of_limit": stroke.share,
-        "bound_by": stroke.floor.bound if stroke.floor else None,
+        "bound_by": stroke.floor.bound_by if stroke.floor else None,
     }
 
 
