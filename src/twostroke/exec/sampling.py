@@ -1,8 +1,8 @@
 """From a plan's rows to the arrays of the samplers, and from their answers to row results.
 
 Owns which positions of a step need logits and in what order they are answered: the positions that
-draw a token, row after row, and apart from them the positions that score a known next token. It
-keeps nothing between steps and does no arithmetic on logits.
+draw a token, row after row, and apart from them the positions that score a known next token, so
+that logits may be computed a few rows at a time. It does no arithmetic on logits.
 
 A row with d drafts draws at its last d + 1 positions. The draw is data (seed, sequence index,
 position), so a draft is accepted exactly when it is the token that would have been drawn.
@@ -10,10 +10,10 @@ position), so a draft is accepted exactly when it is the token that would have b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -24,39 +24,75 @@ _SEED_MASK = 2**64 - 1
 _INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class LogitLayout:
-    """Which of a step's tokens need logits, as ascending int32 indices into the step's tokens.
+class Sampler(Protocol):
+    """A backend's sampling (see kernels.reference.sampling)."""
 
-    sampled (N,): the positions that draw, in the order of `build_sampling_arrays`. scored (S,):
-    the positions whose next token is known, with that token in targets (S,) and the number of
-    alternatives to report in top (S,).
+    def sample(self, logits: F32, arrays: SamplingArrays, /) -> Drawn: ...
+
+    def score(self, logits: F32, targets: I32, top: I32, /) -> Drawn: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LogitChunk:
+    """Logits to compute together.
+
+    positions (C,) int32: ascending indices into the step's tokens. They are draws `start` and on
+    of the step, or scores when `draws` is False.
     """
 
-    sampled: I32
-    scored: I32
-    targets: I32
-    top: I32
+    positions: I32
+    start: int
+    draws: bool
+
+
+class LogitLayout:
+    """The logits one step needs, and what came of them.
+
+    positions (L,): ascending int32 indices of all tokens that need logits. sampled (N,): those
+    that draw, in the order of the rows. scored (S,): those whose next token is known, with that
+    token in targets (S,) and the number of alternatives to report in top (S,).
+    """
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._plan = plan
+        self._drawn: list[Drawn] = []
+        self._known: list[Drawn] = []
+        self.sampled, self.scored = _find_positions(plan.rows)
+        self.positions: I32 = self.sampled
+        if self.scored.size:
+            self.positions = np.union1d(self.sampled, self.scored)
+        targets = list(chain.from_iterable(row.scored for row in plan.rows))
+        top = [row.scored_top for row in plan.rows for _ in row.scored]
+        self.targets: I32 = np.array(targets, np.int32)
+        self.top: I32 = np.array(top, np.int32)
+        self.arrays = build_sampling_arrays(plan.rows)
+
+    def get_chunks(self, limit: int) -> Iterator[LogitChunk]:
+        """What to compute, at most `limit` positions at a time: draws first, then scores."""
+        for positions, draws in ((self.sampled, True), (self.scored, False)):
+            for start in range(0, positions.size, limit):
+                yield LogitChunk(positions[start : start + limit], start, draws)
+
+    def note(self, chunk: LogitChunk, logits: F32, sampler: Sampler) -> None:
+        """Draws from, or scores with, the chunk's logits (C, vocab). Chunks come in order."""
+        start, stop = chunk.start, chunk.start + chunk.positions.size
+        assert logits.shape[0] == chunk.positions.size
+        if not chunk.draws:
+            known = slice(start, stop)
+            self._known.append(sampler.score(logits, self.targets[known], self.top[known]))
+            return
+        whole = stop - start == self.sampled.size
+        arrays = self.arrays if whole else _take_draws(self.arrays, start, stop)
+        self._drawn.append(sampler.sample(logits, arrays))
+
+    def get_results(self) -> tuple[RowResult, ...]:
+        """One result per row of the plan, in order, once every chunk has been noted."""
+        return build_results(self._plan.rows, _join_drawn(self._drawn), _join_drawn(self._known))
 
 
 def build_logit_layout(plan: StepPlan) -> LogitLayout:
     """The logits a step needs. Entry i of a row's `scored` belongs to the row's token i."""
-    ends = list(accumulate(len(row.tokens) for row in plan.rows))
-    sampled = chain.from_iterable(
-        range(end - row.drafts - 1, end)
-        for row, end in zip(plan.rows, ends, strict=True)
-        if row.sampling is not None
-    )
-    scoring = [(row, end) for row, end in zip(plan.rows, ends, strict=True) if row.scored]
-    scored = [end - len(row.tokens) + i for row, end in scoring for i in range(len(row.scored))]
-    targets = list(chain.from_iterable(row.scored for row, _ in scoring))
-    top = [row.scored_top for row, _ in scoring for _ in row.scored]
-    return LogitLayout(
-        np.fromiter(sampled, np.int32),
-        np.array(scored, np.int32),
-        np.array(targets, np.int32),
-        np.array(top, np.int32),
-    )
+    return LogitLayout(plan)
 
 
 def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
@@ -94,8 +130,36 @@ def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
     )
 
 
-def get_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays:
-    """Draws start … stop - 1 of `arrays`, for a backend that takes logits a few rows at a time."""
+def build_results(rows: Sequence[Row], drawn: Drawn, scored: Drawn) -> tuple[RowResult, ...]:
+    """One result per row, in order; drawn and scored answer all positions of the layout."""
+    draws = _get_entries(drawn)
+    scores = iter(_get_entries(scored)) if scored.tokens.size else iter(())
+    results = []
+    at = 0
+    for row in rows:
+        spec = row.sampling
+        known = tuple(_cut(next(scores), row.scored_top) for _ in row.scored)
+        if spec is None:
+            results.append(RowResult(row.sequence, scored=known))
+            continue
+        accepted = _count_accepted(row, draws, at)
+        new = draws[at : at + accepted + 1]
+        at += row.drafts + 1
+        results.append(
+            RowResult(
+                row.sequence,
+                tuple(entry.token for entry in new),
+                accepted,
+                _get_logprobs(new, spec),
+                known,
+            )
+        )
+    assert at == len(draws), "the draws do not belong to these rows"
+    return tuple(results)
+
+
+def _take_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays:
+    """Draws start … stop - 1 of `arrays`."""
     part = slice(start, stop)
     bias = arrays.bias_offsets[start : stop + 1]
     history = arrays.history_offsets[start : stop + 1]
@@ -119,7 +183,7 @@ def get_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays:
     )
 
 
-def join_drawn(parts: Sequence[Drawn]) -> Drawn:
+def _join_drawn(parts: Sequence[Drawn]) -> Drawn:
     """One answer out of several, in order; none gives an answer of no rows."""
     if len(parts) == 1:
         return parts[0]
@@ -138,49 +202,17 @@ def join_drawn(parts: Sequence[Drawn]) -> Drawn:
     return Drawn(tokens, logprobs, top_tokens, top_logprobs)
 
 
-def build_results(plan: StepPlan, drawn: Drawn, scored: Drawn) -> tuple[RowResult, ...]:
-    """One result per row of the plan, in order.
-
-    drawn: of the layout's sampled positions; scored: of its scored ones, both complete.
-    """
-    draws = _get_entries(drawn)
-    scores = iter(_get_entries(scored)) if scored.tokens.size else iter(())
-    results = []
-    at = 0
-    for row in plan.rows:
-        spec = row.sampling
-        known = tuple(_cut(next(scores), row.scored_top) for _ in row.scored)
-        if spec is None:
-            results.append(RowResult(row.sequence, scored=known))
-            continue
-        accepted = _count_accepted(row, draws, at)
-        new = draws[at : at + accepted + 1]
-        at += row.drafts + 1
-        results.append(
-            RowResult(
-                row.sequence,
-                tuple(entry.token for entry in new),
-                accepted,
-                _get_logprobs(new, spec),
-                known,
-            )
-        )
-    assert at == len(draws), "the draws do not belong to this plan"
-    return tuple(results)
-
-
-def sample_native(logits: F32, arrays: SamplingArrays, pool: Any = None) -> Drawn:
-    """`kernels.reference.sampling.sample`, natively; rows are shared out over `pool`'s threads."""
-    from twostroke._native import sample
-
-    return Drawn(*sample(logits, arrays, pool))
-
-
-def score_native(logits: F32, targets: I32, top: I32, pool: Any = None) -> Drawn:
-    """`kernels.reference.sampling.score`, natively; rows are shared out over `pool`'s threads."""
-    from twostroke._native import score
-
-    return Drawn(*score(logits, targets, top, pool))
+def _find_positions(rows: Sequence[Row]) -> tuple[I32, I32]:
+    """The layout's sampled and scored indices."""
+    sampled: list[int] = []
+    scored: list[int] = []
+    end = 0
+    for row in rows:
+        start, end = end, end + len(row.tokens)
+        if row.sampling is not None:
+            sampled.extend(range(end - row.drafts - 1, end))
+        scored.extend(range(start, start + len(row.scored)))
+    return np.array(sampled, np.int32), np.array(scored, np.int32)
 
 
 def _get_history(row: Row, back: int) -> tuple[Token, ...]:

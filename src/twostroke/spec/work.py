@@ -6,10 +6,10 @@ count work. Counted is what any exact implementation must do; a multiply-add is 
 Bytes count main memory only, each once a step: weights as stored, keys and values of earlier steps
 read, those of this step written. Activations and logits are left out, because they are written and
 read again at once and fit in a cache: for SmolLM2-135M 2 kB a token for each tensor of the width,
-and 0.2 MB of logits a sampled position beside 28 million weights. So are keys and values of this step
-read back within it, token ids and block tables (4 bytes a token). Also left out: decoding
-quantised weights, softmax exponentials (one a score, 1 / (4 * head_dim) of attention's
-operations), sampling.
+and 0.2 MB of logits a sampled position beside the head's 28 million weights. So are keys and
+values of this step read back within it, token ids and block tables (4 bytes a token). Also left
+out: decoding quantised weights, softmax exponentials (one a score, 1 / (4 * head_dim) of
+attention's operations), sampling.
 """
 
 from __future__ import annotations
