@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from twostroke.core.types import Request
 from twostroke.engine.collect import (
@@ -79,8 +80,7 @@ class OfflineLLM:
         Raises InvalidRequest before anything runs, naming the index of the bad prompt;
         RequestFailed when the engine could not finish one; EngineClosed.
         """
-        texts: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        return self._run(texts, params, progress, add_special=True)
+        return self._run(_list_prompts(prompts), params, progress, add_special=True)
 
     def chat(
         self,
@@ -231,12 +231,14 @@ def _submit_as(
     return Submission(request, sink, params.stop_strings, params.skip_special_tokens)
 
 
-def _is_one_prompt(prompts: object) -> bool:
+def _list_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
-        return True
+        return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise InvalidParameter("prompts", f"must be a text or a list of prompts, not {prompts!r}")
-    return bool(prompts) and all(isinstance(one, int) for one in prompts)
+    if prompts and all(isinstance(one, int) for one in prompts):
+        return [prompts]
+    return list(prompts)
 
 
 def _spread_params(params: Params, count: int) -> list[SamplingParams]:

@@ -20,6 +20,7 @@ from twostroke.core.ports import Clock, Executor, ExecutorInfo, StepAnswer
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
     Accepted,
+    Cancelled,
     Ending,
     Failed,
     Finished,
@@ -34,8 +35,11 @@ from twostroke.core.types import (
 )
 from twostroke.errors import EngineClosed, EngineError, ExecutorLost
 
-# A step that kills this many executors in a row is taken to be the cause, and its requests fail.
-MAX_LOSSES_IN_A_ROW = 3
+# A request whose rows were lost so often, with nothing of it committed in between, is taken to be
+# what kills the executors, and fails.
+MAX_LOSSES = 3
+
+CANCELLED = Cancelled()
 
 ReplaceExecutor = Callable[[ExecutorLost], Executor]
 
@@ -107,7 +111,6 @@ class EngineLoop:
         self._inbox: deque[tuple[_Flight, StepAnswer]] = deque()
         self._in_flight: deque[_Flight] = deque()
         self._generation = 0
-        self._losses_in_a_row = 0
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
@@ -157,12 +160,9 @@ class EngineLoop:
         return answer
 
     def cancel(
-        self, request_id: str, *, index: int | None = None, ending: Ending | None = None
+        self, request_id: str, *, index: int | None = None, ending: Ending = CANCELLED
     ) -> None:
-        """End a request, or one continuation of it, as `ending` (default: Cancelled).
-
-        Nothing happens when it has ended already.
-        """
+        """End a request, or one continuation of it; nothing happens when it has ended already."""
         if request_id in self._live:
             now_ns = self._clock.now_ns()
             updates = self._scheduler.cancel(request_id, now_ns, index=index, ending=ending)
@@ -224,7 +224,6 @@ class EngineLoop:
                 self._lose_executor(lost)
                 return
             self._in_flight.popleft()
-            self._losses_in_a_row = 0
             self._last_progress_ns = now_ns
             self._listener.step_committed(flight.plan, outcome)
             self._tell(updates)
@@ -280,11 +279,9 @@ class EngineLoop:
         if replace is None:
             self._give_up(f"the executor was lost: {lost}")
             return
-        self._losses_in_a_row += 1
-        if self._losses_in_a_row == MAX_LOSSES_IN_A_ROW:
-            self._losses_in_a_row = 0
-            reason = f"its step lost {MAX_LOSSES_IN_A_ROW} executors in a row, the last: {lost}"
-            for request_id in dict.fromkeys(row.sequence.request for row in suspect.rows):
+        for request_id in dict.fromkeys(row.sequence.request for row in suspect.rows):
+            if self._scheduler.get_losses(request_id) >= MAX_LOSSES:
+                reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
                 self.cancel(request_id, ending=Failed(reason))
         try:
             self._executor = replace(lost)

@@ -20,6 +20,8 @@ from twostroke.errors import InvalidParameter
 MAX_N = 128
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**20
+MIN_TOP_P = 1e-6
+MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
@@ -69,14 +71,6 @@ class SamplingParams:
         self._set("n", _check_int("n", self.n, 1, MAX_N))
         for name, low, high in _FLOAT_RANGES:
             self._set(name, _check_float(name, getattr(self, name), low, high))
-        if self.top_p <= 0.0:
-            raise InvalidParameter("top_p", f"must be above 0 and at most 1, not {self.top_p}")
-        if self.repetition_penalty <= 0.0:
-            raise InvalidParameter(
-                "repetition_penalty",
-                f"must be above 0 and at most {MAX_REPETITION_PENALTY:g}, "
-                f"not {self.repetition_penalty}",
-            )
         self._set("top_k", _check_int("top_k", self.top_k, -1, MAX_TOP_K))
         if self.seed is not None:
             self._set("seed", _check_int("seed", self.seed, -(2**63), 2**64 - 1))
@@ -172,9 +166,9 @@ def _to_sampling_spec(params: SamplingParams, seed: int) -> SamplingSpec:
 
 _FLOAT_RANGES = (
     ("temperature", 0.0, MAX_TEMPERATURE),
-    ("top_p", 0.0, 1.0),
+    ("top_p", MIN_TOP_P, 1.0),
     ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, MAX_REPETITION_PENALTY),
+    ("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
 )
@@ -193,9 +187,10 @@ def _check_float(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidParameter(name, f"must be a number from {low:g} to {high:g}, not {value!r}")
     # Compared before the conversion: a huge int does not fit a float. NaN fails both comparisons.
-    if not low <= value <= high:
-        raise InvalidParameter(name, f"must be from {low:g} to {high:g}, not {_shorten(value)}")
-    return float(value)
+    number: Any = value
+    if not low <= number <= high:
+        raise InvalidParameter(name, f"must be from {low:g} to {high:g}, not {_shorten(number)}")
+    return float(number)
 
 
 def _check_stops(stops: Any) -> tuple[str, ...]:
