@@ -32,7 +32,8 @@ void require(bool condition, const char* message) {
 struct BoundProgram {
   Program program;
   KvPool kv;
-  int max_tokens, max_logit_rows, vocab = 0, max_positions = 1 << 30;
+  int max_tokens, max_logit_rows;
+  int vocab = 1 << 30, max_positions = 1 << 30;  // until an embedding or a rope says less
 
   BoundProgram(ThreadPool& pool, const std::string& kernels, Bytes memory, nb::tuple kv_shape,
                bool half, int max_tokens, int max_logit_rows)
@@ -114,8 +115,9 @@ void bind_recording(nb::class_<BoundProgram>& cls) {
   cls.def("add_buffer", [](P& p, int width, int place) { return p.program.add_buffer(width, place); })
       .def("add_quantised",
            [](P& p, int width, int place) { return p.program.add_quantised(width, place); })
-      .def("allocate", [](P& p, int floats, int bytes) { p.program.allocate(floats, bytes); })
+      .def("allocate", [](P& p) { p.program.allocate(); })
       .def("start_head", [](P& p) { p.program.start_head(); })
+      .def("start_body", [](P& p) { p.program.start_body(); })
       .def("embed",
            [](P& p, const Matrix& table, int out, float scale, bool barrier) {
              p.vocab = table.outputs;

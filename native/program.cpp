@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <stdexcept>
+#include <type_traits>
 
 namespace twostroke {
 namespace {
@@ -41,38 +43,57 @@ Program::Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_to
 }
 
 int Program::add_buffer(int width, int place) {
-  buffers_.push_back({width, pad(width), static_cast<size_t>(place)});
+  Arena& arena = recording_head_ ? head_arena_ : body_arena_;
+  buffers_.push_back({width, pad(width), static_cast<size_t>(place), recording_head_});
+  arena.width = std::max(arena.width, place + pad(width));
   return static_cast<int>(buffers_.size()) - 1;
 }
 
 int Program::add_quantised(int width, int place) {
   if (width % kBlock != 0) throw std::invalid_argument("quantised rows hold whole blocks of 32");
-  quantised_buffers_.push_back({width, static_cast<size_t>(width), static_cast<size_t>(place)});
+  Arena& arena = recording_head_ ? head_arena_ : body_arena_;
+  const auto size = static_cast<size_t>(width), start = static_cast<size_t>(place);
+  quantised_buffers_.push_back({width, size, start, recording_head_});
+  arena.quantised_width = std::max(arena.quantised_width, start + size);
   return static_cast<int>(quantised_buffers_.size()) - 1;
 }
 
-void Program::allocate(int float_width, int quantised_width) {
-  const size_t rows = std::max(max_tokens_, max_logit_rows_);
-  floats_.assign(rows * float_width + kLanes, 0.0f);
-  const size_t values = rows * quantised_width;
-  quantised_q_.assign(values, 0);
-  quantised_scale_.assign(values / kBlock, 0.0f);
-  quantised_offset_.assign(values / kBlock, 0.0f);
-  quantised_sum_.assign(values / 16, 0);
-  quantised_bytes_ = values + values / kBlock * 8 + values / 16 * 4;
+void Program::allocate() {
+  body_arena_.rows = max_tokens_;
+  head_arena_.rows = max_logit_rows_;
+  body_arena_.allocate();
+  head_arena_.allocate();
+}
+
+void Program::Arena::allocate() {
+  const auto take = [](auto& values, size_t count) {
+    using T = std::remove_reference_t<decltype(values[0])>;
+    values.reset(static_cast<T*>(std::calloc(count + kLanes, sizeof(T))));
+    if (values == nullptr) throw std::bad_alloc();
+  };
+  take(floats, rows * width);
+  take(q, rows * quantised_width);
+  take(scale, rows * quantised_width / kBlock);
+  take(offset, rows * quantised_width / kBlock);
+  take(sum16, rows * quantised_width / 16);
+}
+
+size_t Program::Arena::bytes() const {
+  return rows * (width * sizeof(float) + quantised_width * (1 + 8.0 / kBlock + 4.0 / 16));
 }
 
 float* Program::row(int buffer, int index) {
   const Buffer& b = buffers_[buffer];
-  const size_t rows = std::max(max_tokens_, max_logit_rows_);
-  return floats_.data() + b.place * rows + static_cast<size_t>(index) * b.stride;
+  const Arena& home = arena(b);
+  return home.floats.get() + b.place * home.rows + static_cast<size_t>(index) * b.stride;
 }
 
 QuantisedRows Program::quantised(int buffer) const {
-  const size_t at = quantised_buffers_[buffer].place * std::max(max_tokens_, max_logit_rows_);
-  auto* self = const_cast<Program*>(this);
-  return {self->quantised_q_.data() + at, self->quantised_scale_.data() + at / kBlock,
-          self->quantised_offset_.data() + at / kBlock, self->quantised_sum_.data() + at / 16};
+  const Buffer& b = quantised_buffers_[buffer];
+  const Arena& home = arena(b);
+  const size_t at = b.place * home.rows;
+  return {home.q.get() + at, home.scale.get() + at / kBlock, home.offset.get() + at / kBlock,
+          home.sum16.get() + at / 16};
 }
 
 void Program::record(std::string name, bool barrier, std::function<void(int, int)> run) {

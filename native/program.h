@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -33,14 +34,16 @@ class Program {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  // A float buffer of `width` values a row. `place` is where it starts in the arena, in floats a
-  // row: buffers whose lives do not overlap may share a place.
+  // A float buffer of `width` values a row, in the arena of the section being recorded. `place` is
+  // where it starts there, in floats a row: buffers whose lives do not overlap may share a place.
   int add_buffer(int width, int place);
   // A buffer of quantised rows of `width` values.
   int add_quantised(int width, int place);
-  // Allocates the arena: `float_width` and `quantised_width` values a row.
-  void allocate(int float_width, int quantised_width);
+  // Buffers and operations added from here on belong to the head, or to the body.
   void start_head() { recording_head_ = true; }
+  void start_body() { recording_head_ = false; }
+  // Allocates the arenas; to be called once, after the last buffer was added.
+  void allocate();
 
   void embed(const Matrix& table, int out, float scale, bool barrier);
   void quantise(int in, int out, bool barrier);
@@ -61,7 +64,7 @@ class Program {
   float* row(int buffer, int index);
   int width(int buffer) const { return buffers_[buffer].width; }
   size_t stride(int buffer) const { return buffers_[buffer].stride; }
-  size_t arena_bytes() const { return floats_.size() * sizeof(float) + quantised_bytes_; }
+  size_t arena_bytes() const { return body_arena_.bytes() + head_arena_.bytes(); }
 
   // Nanoseconds spent in each operation (waiting at its barrier included) since the last call,
   // with its name; counted on thread 0.
@@ -71,6 +74,20 @@ class Program {
   struct Buffer {
     int width;
     size_t stride, place;
+    bool head;
+  };
+  // One section's activations; memory is taken from the system zeroed and only when touched.
+  struct Arena {
+    template <class T>
+    using Values = std::unique_ptr<T[], decltype(&std::free)>;
+    size_t rows = 0, width = 0, quantised_width = 0;
+    Values<float> floats{nullptr, &std::free}, scale{nullptr, &std::free},
+        offset{nullptr, &std::free};
+    Values<int8_t> q{nullptr, &std::free};
+    Values<int32_t> sum16{nullptr, &std::free};
+
+    void allocate();
+    size_t bytes() const;
   };
   struct Op {
     std::string name;
@@ -96,17 +113,14 @@ class Program {
   void build_schedule(int window, Schedule& schedule) const;
   QuantisedRows quantised(int buffer) const;
   int rows() const { return in_head_ ? num_logit_rows_ : num_tokens_; }
+  const Arena& arena(const Buffer& buffer) const { return buffer.head ? head_arena_ : body_arena_; }
 
   ThreadPool& pool_;
   const Kernels& kernels_;
   KvPool kv_;
   int max_tokens_, max_logit_rows_, max_group_ = 1;
   std::vector<Buffer> buffers_, quantised_buffers_;
-  std::vector<float> floats_;
-  std::vector<int8_t> quantised_q_;
-  std::vector<float> quantised_scale_, quantised_offset_;
-  std::vector<int32_t> quantised_sum_;
-  size_t quantised_bytes_ = 0;
+  Arena body_arena_, head_arena_;
   bool recording_head_ = false, in_head_ = false;
   std::vector<Op> body_, head_;
   std::vector<std::unique_ptr<std::atomic<int>>> counters_;

@@ -23,15 +23,20 @@ class ReferenceKV:
     values: NDArray[np.floating]
 
 
-def new_kv(shape: KVShape) -> ReferenceKV:
-    """An empty pool of the given shape in its element type."""
-    extents = (
+def get_pool_extents(shape: KVShape) -> tuple[int, int, int, int, int]:
+    """The extents of `ReferenceKV.keys` and `.values` for a pool of this shape."""
+    return (
         shape.num_layers,
         shape.num_blocks,
         shape.block_tokens,
         shape.num_kv_heads,
         shape.head_dim,
     )
+
+
+def new_kv(shape: KVShape) -> ReferenceKV:
+    """An empty pool of the given shape in its element type."""
+    extents = get_pool_extents(shape)
     element = np.float16 if shape.element == "f16" else np.float32
     return ReferenceKV(np.zeros(extents, element), np.zeros(extents, element))
 

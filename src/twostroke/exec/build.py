@@ -1,0 +1,30 @@
+"""Makes the executor asked for by name out of an open model."""
+
+from __future__ import annotations
+
+from twostroke.errors import DeviceError
+from twostroke.exec.local import LocalExecutor, RunnerSizes
+from twostroke.weights.load import OpenModel
+
+BACKENDS = ("cpu", "reference")
+
+
+def build_executor(model: OpenModel, backend: str, sizes: RunnerSizes) -> LocalExecutor:
+    """An in-process executor over `model`'s weights; `backend` is "cpu" or "reference".
+
+    Raises DeviceError for an unknown backend or when the native module is missing, and
+    UnsupportedModel when the backend cannot run the model.
+    """
+    if backend == "reference":
+        from twostroke.exec.reference import ReferenceRunner
+
+        return LocalExecutor(ReferenceRunner(model.spec, model.tensors, sizes), sizes)
+    if backend != "cpu":
+        raise DeviceError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
+    try:
+        from twostroke.exec.cpu import CpuRunner
+    except ImportError as error:
+        raise DeviceError(
+            f"the native CPU module cannot be loaded ({error}); use --backend reference"
+        ) from error
+    return LocalExecutor(CpuRunner(model.spec, model.tensors, sizes), sizes)

@@ -1,0 +1,141 @@
+"""The CPU runner: packed weights, an f16 KV pool, and the forward pass as one native program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twostroke.errors import UnsupportedModel
+from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
+from twostroke.kernels.cpu.recorder import LANES, Recorder
+from twostroke.kernels.cpu.weights import PackedMatrix, Vector, pack_matrix
+from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, StepArrays
+from twostroke.kernels.reference.dequant import dequantise
+from twostroke.models.decoder import run_head, run_layers
+from twostroke.models.rope import make_rope_table
+from twostroke.spec.model import ModelSpec, RopeSpec
+from twostroke.weights.tensor import HostTensor
+
+MAX_LOGIT_ROWS = 64
+
+
+class CpuRunner:
+    """Computes steps with the native kernels (see exec.local.Runner).
+
+    `isa` picks the instruction set: "auto", or one by name, for tests.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tensors: Mapping[str, HostTensor],
+        sizes: RunnerSizes,
+        isa: str = "auto",
+    ) -> None:
+        from twostroke._native import Program, ThreadPool, kernels_name
+
+        if spec.head_dim % LANES:
+            raise UnsupportedModel(
+                f"{spec.name}: head size {spec.head_dim} is no multiple of {LANES}, which the "
+                "native kernels need; use --backend reference"
+            )
+        assert sizes.block_tokens == LANES, sizes.block_tokens
+        self._pool = ThreadPool(sizes.threads)
+        shape = KVShape(
+            spec.num_layers, sizes.num_blocks, sizes.block_tokens, spec.num_kv_heads, spec.head_dim
+        )
+        kv = np.zeros(shape.bytes, np.uint8)
+        self._blocks: NDArray[np.uint8] = kv.reshape(spec.num_layers, sizes.num_blocks, -1)
+        weights = _prepare_weights(self._pool, tensors, spec.norm_offset)
+        kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)
+        self._program = Program(
+            self._pool, isa, kv, kv_shape, True, sizes.max_step_tokens, MAX_LOGIT_ROWS
+        )
+        self._logits = record(spec, self._program, weights, _make_ropes(spec, tensors, sizes))
+        self._backend = f"cpu ({kernels_name(isa)})"
+        self._weight_bytes = sum(
+            weight.bytes if isinstance(weight, PackedMatrix) else weight.values.nbytes
+            for weight in weights.values()
+        )
+
+    def describe(self) -> RunnerInfo:
+        """What this runner is."""
+        return RunnerInfo(self._backend, self._pool.size, self._weight_bytes, MAX_LOGIT_ROWS)
+
+    def run_layers(self, step: StepArrays) -> None:
+        """Computes the step's layers and writes its KV."""
+        self._program.run_body(step.tokens, step.positions, step.row_offsets, step.block_tables)
+
+    def get_logits(self, rows: I32) -> F32:
+        """Logits (L, vocab) at these token indices of the last step; valid until the next call."""
+        self._program.run_head(rows)
+        logits: F32 = self._program.view(self._logits, len(rows))
+        return logits
+
+    def get_draws(self) -> Draws:
+        """The native sampler."""
+        from twostroke._native import sample, score
+
+        pool = self._pool
+        return Draws(
+            lambda logits, arrays: Drawn(*sample(logits, arrays, pool)),
+            lambda logits, targets, top: Drawn(*score(logits, targets, top, pool)),
+        )
+
+    def view_kv(self) -> NDArray[np.uint8]:
+        """The pool as (layers, blocks, bytes of a block)."""
+        return self._blocks
+
+    def take_times(self) -> list[tuple[str, int]]:
+        """Nanoseconds each recorded op took since the last call, in order of the pass."""
+        times: list[tuple[str, int]] = self._program.take_times()
+        return times
+
+
+def record(
+    spec: ModelSpec,
+    program: Any,
+    weights: Mapping[str, PackedMatrix | Vector],
+    ropes: Mapping[RopeSpec, RopeTable],
+) -> int:
+    """Records the forward pass of `spec` into a native program; returns the logits' buffer id."""
+    recorder = Recorder()
+    ops = recorder.make_ops()
+    no_step: Any = None  # a recorded pass takes its step when it runs
+    hidden = run_layers(spec, ops, weights, ropes, no_step)
+    recorder.start_head()
+    (logits,) = recorder.build(program, [run_head(spec, ops, weights, no_step, hidden)])
+    return logits
+
+
+def _prepare_weights(
+    pool: Any, tensors: Mapping[str, HostTensor], norm_offset: float
+) -> dict[str, PackedMatrix | Vector]:
+    weights: dict[str, PackedMatrix | Vector] = {}
+    for name, tensor in tensors.items():
+        shape = tensor.spec.shape
+        if len(shape) == 2:
+            weights[name] = pack_matrix(pool, tensor.spec.format, tensor.data, (shape[0], shape[1]))
+            continue
+        values = dequantise(tensor.spec.format, tensor.data, shape)
+        if name.endswith("norm"):
+            values = values + np.float32(norm_offset)
+        weights[name] = Vector(np.ascontiguousarray(values, np.float32))
+    return weights
+
+
+def _make_ropes(
+    spec: ModelSpec, tensors: Mapping[str, HostTensor], sizes: RunnerSizes
+) -> dict[RopeSpec, RopeTable]:
+    positions = min(spec.context_tokens, sizes.num_blocks * sizes.block_tokens)
+    stored = tensors.get("rope_factors")
+    factors = None
+    if stored is not None:
+        factors = dequantise(stored.spec.format, stored.data, stored.spec.shape).astype(np.float64)
+    return {
+        rope: make_rope_table(rope, spec.head_dim, positions, spec.rope_layout, factors)
+        for rope in {layer.rope: None for layer in spec.layers}
+    }

@@ -1,0 +1,88 @@
+"""The reference runner: NumPy, float32 weights and KV, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
+from twostroke.kernels.ops import F32, I32, KVShape, StepArrays
+from twostroke.kernels.reference import sampling
+from twostroke.kernels.reference.dequant import dequantise
+from twostroke.kernels.reference.ops import ReferenceKV, get_pool_extents, make_ops
+from twostroke.models.decoder import run_head, run_layers
+from twostroke.models.rope import make_rope_table
+from twostroke.spec.model import ModelSpec
+from twostroke.weights.tensor import HostTensor
+
+MAX_LOGIT_ROWS = 64
+
+
+class ReferenceRunner:
+    """Computes steps with the reference op table (see exec.local.Runner)."""
+
+    def __init__(
+        self, spec: ModelSpec, tensors: Mapping[str, HostTensor], sizes: RunnerSizes
+    ) -> None:
+        self._spec = spec
+        shape = KVShape(
+            spec.num_layers,
+            sizes.num_blocks,
+            sizes.block_tokens,
+            spec.num_kv_heads,
+            spec.head_dim,
+            "f32",
+        )
+        memory = np.zeros((2, *get_pool_extents(shape)), np.float32)
+        self._kv_bytes = memory.view(np.uint8).reshape(2 * spec.num_layers, sizes.num_blocks, -1)
+        self._ops = make_ops(ReferenceKV(memory[0], memory[1]))
+        self._weights = {name: _to_float(spec, tensor) for name, tensor in tensors.items()}
+        positions = min(spec.context_tokens, sizes.num_blocks * sizes.block_tokens)
+        factors = self._weights.get("rope_factors")
+        self._ropes = {
+            rope: make_rope_table(rope, spec.head_dim, positions, spec.rope_layout, factors)
+            for rope in {layer.rope: None for layer in spec.layers}
+        }
+        self._step: StepArrays | None = None
+        self._hidden: F32 | None = None
+
+    def describe(self) -> RunnerInfo:
+        """What this runner is."""
+        size = sum(array.nbytes for array in self._weights.values())
+        return RunnerInfo("reference", 1, size, MAX_LOGIT_ROWS)
+
+    def run_layers(self, step: StepArrays) -> None:
+        """Computes the step's layers and writes its KV."""
+        self._step = step
+        self._hidden = run_layers(self._spec, self._ops, self._weights, self._ropes, step)
+
+    def get_logits(self, rows: I32) -> F32:
+        """Logits (L, vocab) at these token indices of the last step."""
+        assert self._step is not None
+        step = StepArrays(
+            self._step.tokens,
+            self._step.positions,
+            self._step.row_offsets,
+            self._step.block_tables,
+            rows,
+        )
+        logits: F32 = run_head(self._spec, self._ops, self._weights, step, self._hidden)
+        return logits
+
+    def get_draws(self) -> Draws:
+        """The reference sampler."""
+        return Draws(sampling.sample, sampling.score)
+
+    def view_kv(self) -> NDArray[np.uint8]:
+        """The pool as (2 * layers, blocks, bytes of a block's K or V)."""
+        return self._kv_bytes
+
+
+def _to_float(spec: ModelSpec, tensor: HostTensor) -> F32:
+    """A tensor as float32, with the norm offset added where the spec has one."""
+    values: F32 = dequantise(tensor.spec.format, tensor.data, tensor.spec.shape)
+    if spec.norm_offset and tensor.spec.name.endswith("norm"):
+        values = values + np.float32(spec.norm_offset)
+    return values

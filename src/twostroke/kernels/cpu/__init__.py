@@ -1,0 +1,1 @@
+"""The native CPU backend: packed weights, and programs recorded through the op table."""

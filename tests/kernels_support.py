@@ -1,0 +1,156 @@
+"""Random op inputs shared by kernel tests, and single native ops run as one-op programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twostroke._native import Program, ThreadPool, kernels_name
+from twostroke.kernels.cpu.recorder import Recorder, Slot
+from twostroke.kernels.cpu.weights import PackedMatrix, pack_matrix
+from twostroke.kernels.ops import F32, KVShape, OpTable, StepArrays
+from twostroke.kernels.reference.ops import ReferenceKV, write_kv
+from twostroke.spec.quant import Format
+
+BLOCK = 16
+
+
+def get_isas() -> list[str]:
+    """The instruction sets this processor runs, by name."""
+    names = []
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            names.append(kernels_name(name))
+        except ValueError:
+            continue
+    return names
+
+
+ISAS = get_isas()
+
+
+@dataclass(frozen=True, slots=True)
+class RowCase:
+    """One row of a step: `start` tokens computed before, then `tokens` new ones."""
+
+    start: int
+    tokens: int
+
+
+def make_step(rows: Sequence[RowCase], rng: np.random.Generator, num_blocks: int) -> StepArrays:
+    """A step with these rows and randomly scattered physical blocks."""
+    counts = [row.tokens for row in rows]
+    offsets = np.cumsum([0, *counts]).astype(np.int32)
+    positions = np.concatenate(
+        [np.arange(row.start, row.start + row.tokens) for row in rows]
+    ).astype(np.int32)
+    needed = [-(-(row.start + row.tokens) // BLOCK) for row in rows]
+    assert sum(needed) <= num_blocks
+    order = rng.permutation(num_blocks).astype(np.int32)
+    tables = np.full((len(rows), max(needed)), -1, np.int32)
+    used = 0
+    for index, count in enumerate(needed):
+        tables[index, :count] = order[used : used + count]
+        used += count
+    tokens = rng.integers(0, 100, int(offsets[-1])).astype(np.int32)
+    return StepArrays(tokens, positions, offsets, tables, np.zeros(0, np.int32))
+
+
+def run_native(
+    step: StepArrays,
+    inputs: Sequence[F32],
+    call: Callable[..., Slot],
+    *,
+    isa: str = "auto",
+    threads: int = 2,
+    kv: tuple[NDArray[np.uint8], KVShape] | None = None,
+) -> F32:
+    """Runs `call(ops, *slots)` natively on these inputs (T, width); returns its result (T, width)."""
+    memory, shape = kv if kv is not None else (np.zeros(64, np.uint8), KVShape(1, 1, BLOCK, 1, 16))
+    if kv is None:
+        memory = np.zeros(shape.bytes, np.uint8)
+    pool = ThreadPool(threads)
+    sizes = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim)
+    program = Program(pool, isa, memory, sizes, shape.element == "f16", len(step.tokens), 1)
+    recorder = Recorder()
+    ops: OpTable = recorder.make_ops()
+    slots = [recorder.new_input(values.shape[1]) for values in inputs]
+    result = call(ops, *slots)
+    *input_ids, result_id = recorder.build(program, [*slots, result])
+    for buffer, values in zip(input_ids, inputs, strict=True):
+        program.view(buffer, len(values))[:] = values
+    program.run_body(step.tokens, step.positions, step.row_offsets, step.block_tables)
+    return np.array(program.view(result_id, len(step.tokens)))
+
+
+def plain_step(tokens: int) -> StepArrays:
+    """One row of this many tokens from position 0 in blocks 0, 1, …"""
+    blocks = -(-tokens // BLOCK)
+    return StepArrays(
+        np.zeros(tokens, np.int32),
+        np.arange(tokens, dtype=np.int32),
+        np.array([0, tokens], np.int32),
+        np.zeros((1, blocks), np.int32),
+        np.zeros(0, np.int32),
+    )
+
+
+def make_native_kv(kv: ReferenceKV, shape: KVShape) -> NDArray[np.uint8]:
+    """A reference pool's contents in the native layout, values already in its element type."""
+    element = np.float16 if shape.element == "f16" else np.float32
+    keys = kv.keys.astype(element).transpose(0, 1, 3, 4, 2)  # (layer, block, head, dim, token)
+    values = kv.values.astype(element).transpose(0, 1, 3, 2, 4)
+    flat = [pool.reshape(*pool.shape[:2], -1) for pool in (keys, values)]
+    return np.ascontiguousarray(np.concatenate(flat, axis=2)).view(np.uint8).reshape(-1)
+
+
+def fill_kv(kv: ReferenceKV, step: StepArrays, rng: np.random.Generator, scale: float) -> None:
+    """Writes random f16-representable keys and values for all positions of every row, layer 0."""
+    heads, dim = kv.keys.shape[3:]
+    ends = step.positions[step.row_offsets[1:] - 1] + 1
+    total = int(ends.sum())
+    whole = StepArrays(
+        np.zeros(total, np.int32),
+        np.concatenate([np.arange(end) for end in ends]).astype(np.int32),
+        np.cumsum([0, *ends]).astype(np.int32),
+        step.block_tables,
+        np.zeros(0, np.int32),
+    )
+    k, v = (
+        (rng.standard_normal((total, heads * dim)) * factor).astype(np.float16).astype(np.float32)
+        for factor in (scale, 1.0)
+    )
+    write_kv(kv, whole, 0, (k, v))
+
+
+def random_matrix_bytes(
+    format: Format, shape: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Random but sane file bytes of a matrix: any quants, scales of ordinary size."""
+    outputs, inputs = shape
+    if format in (Format.F32, Format.F16, Format.BF16):
+        values = rng.standard_normal(shape).astype(np.float32)
+        if format is Format.F16:
+            return values.astype(np.float16).view(np.uint8).reshape(-1)
+        if format is Format.BF16:
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
+        return values.view(np.uint8).reshape(-1)
+    size = format.block.bytes
+    blocks = rng.integers(0, 256, (outputs * inputs // format.block.weights, size), np.uint8)
+    halves = {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(format.value, [0, 2])
+    for offset in halves:
+        scales = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16)
+        blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return np.ascontiguousarray(blocks).reshape(-1)
+
+
+def pack(format: Format, data: NDArray[np.uint8], shape: tuple[int, int]) -> PackedMatrix:
+    """A packed matrix from file bytes."""
+    return pack_matrix(ThreadPool(2), format, data, shape)
+
+
+AnyArray = NDArray[Any]
