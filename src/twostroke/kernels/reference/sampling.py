@@ -154,14 +154,17 @@ def get_candidates(adjusted: F32, arrays: SamplingArrays, row: int) -> tuple[I64
     return order[:kept], weights[:kept]
 
 
-def get_log_softmax(logits: F32) -> F64:
-    """Natural log of the softmax over (vocab,) logits, in float64; -inf where all are -inf."""
+def get_log_softmax(logits: F32) -> F32:
+    """Natural log of the softmax over (vocab,) logits, computed in float64 and rounded to float32.
+
+    -inf where that is out of float32's range, and everywhere when all logits are -inf.
+    """
     values = replace_nan(logits)
     if values.max() == -np.inf:
-        return np.full(values.shape, -np.inf)
+        return np.full(values.shape, -np.inf, np.float32)
     shifted = subtract_max(values)
-    result: F64 = shifted - np.log(np.exp(shifted).sum())
-    return result
+    with np.errstate(over="ignore"):
+        return (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
 
 
 def subtract_max(values: F32) -> F64:
