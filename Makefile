@@ -77,6 +77,7 @@ clean:  ## Remove builds, caches and virtual environments; pulled models stay.
 # ---- set-up -------------------------------------------------------------------------------------
 
 setup: $(STAMPS)/package
+	@:
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,0 +1,183 @@
+"""Puts an engine together: the one place that chooses concrete classes.
+
+It owns the order in which model, tokenizer, executor and scheduler are made and unmade: when one
+cannot be made, those before it are closed again. It holds no behaviour of its own; `LLM` hands
+everything on to the offline engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twostroke.cli.machine import read_machine
+from twostroke.cli.settings import EngineSettings, ResolvedSettings, resolve_settings
+from twostroke.core.scheduler import Scheduler
+from twostroke.core.types import SchedulerConfig
+from twostroke.engine.clock import MonotonicClock
+from twostroke.engine.llm import OfflineLLM, OnProgress, Params
+from twostroke.engine.metrics import EngineStats
+from twostroke.engine.outputs import OutputDelta, RequestOutput
+from twostroke.engine.params import SamplingParams
+from twostroke.engine.service import EngineParts, Message, Prompt
+from twostroke.exec.local import build_executor
+from twostroke.text.chat import ChatTemplate
+from twostroke.text.tokenizer import build_tokenizer
+from twostroke.weights.catalog import resolve
+from twostroke.weights.load import OpenModel, open_model
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine's parts, the settings they were made with, and the model they read.
+
+    Whoever runs the parts closes the executor with them, and then the model.
+    """
+
+    parts: EngineParts
+    settings: ResolvedSettings
+    model: OpenModel
+
+
+def build_engine(wanted: EngineSettings) -> BuiltEngine:
+    """Find and open the model, settle the settings, and make every part.
+
+    Raises UnknownModel, UnsupportedModel, CorruptModel, InvalidParameter, DeviceError; nothing is
+    left open then.
+    """
+    with contextlib.ExitStack() as undo:
+        model = undo.enter_context(open_model(resolve(wanted.model)))
+        spec, vocabulary = model.spec, model.vocabulary
+        settings = resolve_settings(wanted, spec, read_machine())
+        tokenizer = build_tokenizer(vocabulary)
+        template = build_template(model)
+        executor = build_executor(
+            model,
+            backend=settings.backend,
+            threads=settings.threads,
+            num_blocks=settings.num_blocks,
+            block_tokens=settings.block_tokens,
+            max_step_tokens=settings.step_tokens,
+        )
+        undo.callback(executor.close)
+        config = SchedulerConfig(
+            num_blocks=settings.num_blocks,
+            block_tokens=settings.block_tokens,
+            step_tokens=settings.step_tokens,
+            max_rows=settings.max_rows,
+            context_tokens=spec.context_tokens,
+            vocab_size=spec.vocab_size,
+        )
+        parts = EngineParts(
+            spec=spec,
+            tokenizer=tokenizer,
+            chat_template=template,
+            scheduler=Scheduler(config),
+            executor=executor,
+            clock=MonotonicClock(),
+            model_name=get_model_name(wanted.model),
+        )
+        undo.pop_all()
+    return BuiltEngine(parts, settings, model)
+
+
+def get_model_name(model: str) -> str:
+    """The name an engine answers to: of a path the last part without `.gguf`, else as it is."""
+    path = Path(model)
+    return path.name.removesuffix(".gguf") if path.exists() else model
+
+
+class LLM:
+    """A model, ready to generate; also a context manager.
+
+    with LLM("smollm2-135m") as llm:
+        outputs = llm.generate(["The sea is", "A poem:"], SamplingParams(max_tokens=32))
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        threads: int | None = None,
+        backend: str = "cpu",
+        kv_memory: int | str | None = None,
+        step_tokens: int | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        """Open a model by name, by path, or as org/name once it was pulled.
+
+        threads: that compute; default the physical cores. backend: "cpu" or "reference".
+        kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token budget of one
+        step. max_rows: most sequences in one step. Raises what `build_engine` does.
+        """
+        self._built = build_engine(
+            EngineSettings(
+                model=str(model),
+                backend=backend,
+                threads=threads,
+                kv_memory=kv_memory,
+                step_tokens=step_tokens,
+                max_rows=max_rows,
+            )
+        )
+        self._engine = OfflineLLM(self._built.parts)
+
+    @property
+    def built(self) -> BuiltEngine:
+        """What the engine is made of: its parts, settings and model."""
+        return self._built
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: Params = None,
+        *,
+        progress: bool | OnProgress = False,
+    ) -> list[RequestOutput]:
+        """Complete each prompt, all of them together; outputs come in the order of the prompts.
+
+        prompts: a text, a list of texts, or lists of token ids. params: for all, or one each.
+        progress: True writes a line to stderr; a function is called with each change.
+        Raises InvalidRequest before anything runs, and RequestFailed.
+        """
+        return self._engine.generate(prompts, params, progress=progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        *,
+        progress: bool | OnProgress = False,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several; a message has a `role` and a `content`.
+
+        Raises TemplateError, and what `generate` does.
+        """
+        return self._engine.chat(messages, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[OutputDelta]:
+        """The output of one prompt as it is made; leaving the iteration early ends the request."""
+        return self._engine.stream(prompt, params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[OutputDelta]:
+        """The answer to a conversation as it is made. Raises TemplateError too."""
+        return self._engine.stream(self._engine.render_chat(messages), params, add_special=False)
+
+    def stats(self) -> EngineStats:
+        """Counters and histograms so far."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the engine and let go of the model; again does nothing."""
+        self._engine.close()
+        self._built.model.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

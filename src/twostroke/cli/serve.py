@@ -1,0 +1,36 @@
+"""`twostroke serve`: puts an engine together and runs the HTTP server over it."""
+
+from __future__ import annotations
+
+import sys
+
+from twostroke.cli import options
+from twostroke.cli.compose import build_engine
+from twostroke.cli.settings import EngineSettings
+from twostroke.cli.summary import format_summary
+from twostroke.engine.async_llm import AsyncLLM
+from twostroke.server.serve import ServeOptions, run
+
+
+def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOptions) -> None:
+    """Serve until told to stop. Raises TwostrokeError."""
+    built = build_engine(
+        EngineSettings(
+            model=model,
+            backend=on.backend,
+            threads=on.threads,
+            kv_memory=serving.kv_memory,
+            step_tokens=serving.step_tokens,
+            max_rows=serving.max_rows,
+        )
+    )
+    print(format_summary(built), file=sys.stderr)
+
+    def announce(host: str, port: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"  serving on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+
+    try:
+        run(AsyncLLM(built.parts), ServeOptions(host=serving.host, port=serving.port), announce)
+    finally:
+        built.model.close()
