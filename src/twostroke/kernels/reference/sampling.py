@@ -164,7 +164,8 @@ def get_log_softmax(logits: F32) -> F32:
         return np.full(values.shape, -np.inf, np.float32)
     shifted = subtract_max(values)
     with np.errstate(over="ignore"):
-        return (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+        result: F32 = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    return result
 
 
 def subtract_max(values: F32) -> F64:

@@ -1,0 +1,217 @@
+"""Laws of the work formulas: published sizes by hand, and brute-force counting on small shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twostroke.spec.device import DeviceSpec
+from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
+from twostroke.spec.quant import Format
+from twostroke.spec.work import (
+    PARTS,
+    RowShape,
+    StepShape,
+    count_earlier_keys,
+    count_pairs,
+    get_floor_seconds,
+    get_model_work,
+    get_step_work,
+)
+
+ROPE = RopeSpec(10_000.0)
+
+# Llama 2 7B (Touvron et al. 2023) with its head of its own, weights in bfloat16.
+LLAMA_7B = ModelSpec(
+    family="llama",
+    name="llama-2-7b",
+    width=4096,
+    ffn_width=11_008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32_000,
+    context_tokens=4096,
+    norm_eps=1e-5,
+    attention_scale=128**-0.5,
+    rope_layout=RopeLayout.HALF,
+    layers=(LayerSpec(ROPE),) * 32,
+    tied_embeddings=False,
+)
+SMALL = replace(
+    LLAMA_7B,
+    width=64,
+    ffn_width=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=512,
+    layers=(LayerSpec(ROPE, 5), LayerSpec(ROPE), LayerSpec(ROPE, 5)),
+    tied_embeddings=True,
+    qkv_bias=True,
+)
+
+
+def make_step(*rows: tuple[int, int, int]) -> StepShape:
+    return StepShape(tuple(RowShape(*row) for row in rows))
+
+
+DECODE = make_step((1, 1000, 1))
+
+
+def test_llama_2_7b_has_its_published_size() -> None:
+    assert LLAMA_7B.num_weights == 6_738_415_616
+    assert LLAMA_7B.get_kv_bytes_per_token() == 524_288
+
+
+def test_a_decoded_token_costs_two_operations_a_weight() -> None:
+    work = get_step_work(LLAMA_7B, DECODE)
+    norms = (2 * 32 + 1) * 4096
+    matrices = LLAMA_7B.num_weights - 32_000 * 4096 - norms
+    products = sum(work.get_part(name).flops for name in ("projections", "ffn", "head"))
+    assert products == 2 * matrices == 13_214_154_752
+
+
+def test_attention_of_a_decoded_token_by_hand() -> None:
+    # 32 layers, 32 heads, 1001 keys, q·k and p·v over 128 values, a multiply-add each.
+    work = get_step_work(LLAMA_7B, DECODE)
+    assert work.get_part("attention").flops == 32 * 32 * 1001 * 2 * 128 * 2
+    assert work.kv_bytes_read == 1000 * 524_288
+    assert work.kv_bytes_written == 524_288
+    assert work.get_part("attention").bytes == 1001 * 524_288
+
+
+def test_a_decode_reads_every_weight_once_but_one_row_of_the_embedding() -> None:
+    work = get_step_work(LLAMA_7B, DECODE)
+    weights = sum(part.bytes_read for part in work.parts) - work.kv_bytes_read
+    assert weights == LLAMA_7B.weight_bytes - (32_000 - 1) * 4096 * 2
+
+
+def test_more_rows_read_the_weights_no_more_often() -> None:
+    one = get_step_work(LLAMA_7B, make_step((1, 0, 1)))
+    many = get_step_work(LLAMA_7B, make_step(*[(1, 0, 1)] * 8))
+    for name in ("elementwise", "projections", "ffn", "head"):
+        assert many.get_part(name).bytes == one.get_part(name).bytes
+        assert many.get_part(name).flops == 8 * one.get_part(name).flops
+
+
+def test_a_tied_head_reads_the_whole_embedding() -> None:
+    work = get_step_work(SMALL, DECODE)
+    assert work.get_part("head").bytes == 512 * 64 * 2
+    assert work.get_part("head").flops == 2 * 512 * 64
+    assert work.get_part("embed").bytes == 64 * 2
+
+
+def test_a_head_nobody_needs_costs_nothing() -> None:
+    work = get_step_work(SMALL, make_step((7, 0, 0)))
+    assert work.get_part("head").flops == work.get_part("head").bytes == 0
+
+
+def test_an_empty_step_costs_nothing() -> None:
+    work = get_step_work(SMALL, StepShape(()))
+    assert work.flops == work.bytes == 0
+    assert [part.name for part in work.parts] == list(PARTS)
+
+
+def test_grouped_heads_shrink_keys_and_values_but_not_attention() -> None:
+    whole = replace(LLAMA_7B, layers=LLAMA_7B.layers[:2])
+    grouped = replace(whole, num_kv_heads=8)
+    a, b = get_step_work(whole, DECODE), get_step_work(grouped, DECODE)
+    assert a.kv_bytes_read == 4 * b.kv_bytes_read
+    assert a.kv_bytes_written == 4 * b.kv_bytes_written
+    assert a.get_part("attention").flops == b.get_part("attention").flops
+
+
+def test_a_bias_costs_one_addition_an_output() -> None:
+    plain = replace(SMALL, qkv_bias=False)
+    difference = (
+        get_step_work(SMALL, DECODE).get_part("projections").flops
+        - get_step_work(plain, DECODE).get_part("projections").flops
+    )
+    assert difference == 3 * (4 + 2 + 2) * 32
+
+
+def test_quantised_products_are_int8_and_weigh_what_is_stored() -> None:
+    formats = {tensor.name: Format.Q4_1 for tensor in SMALL.tensors() if len(tensor.shape) == 2}
+    spec = replace(SMALL, qkv_bias=False, formats=tuple(formats.items()))
+    work = get_step_work(spec, DECODE)
+    assert [kind for kind, _ in work.get_part("ffn").ops] == ["int8"]
+    assert work.get_part("ffn").bytes == 3 * (3 * 64 * 96) // 32 * 20
+    assert [kind for kind, _ in work.get_part("attention").ops] == ["fp32"]
+
+
+def test_kv_bytes_follow_the_element_size() -> None:
+    half, full = (get_step_work(SMALL, DECODE, size) for size in (2, 4))
+    assert full.kv_bytes_read == 2 * half.kv_bytes_read
+
+
+def count_visible(position: int, window: int | None) -> set[int]:
+    """Keys that the query at `position` sees, listed one by one."""
+    return {key for key in range(position + 1) if window is None or key > position - window}
+
+
+SIZES = {
+    "new_tokens": st.integers(1, 30),
+    "context_before": st.integers(0, 30),
+    "window": st.none() | st.integers(1, 40),
+}
+
+
+@settings(deadline=None)
+@given(**SIZES)
+def test_pairs_are_those_counted_one_by_one(new_tokens, context_before, window) -> None:
+    positions = range(context_before, context_before + new_tokens)
+    expected = sum(len(count_visible(position, window)) for position in positions)
+    assert count_pairs(new_tokens, context_before, window) == expected
+
+
+@settings(deadline=None)
+@given(**SIZES)
+def test_earlier_keys_are_those_some_query_sees(new_tokens, context_before, window) -> None:
+    positions = range(context_before, context_before + new_tokens)
+    seen = set().union(*(count_visible(position, window) for position in positions))
+    expected = len(seen & set(range(context_before)))
+    assert count_earlier_keys(context_before, window) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_chunking_a_prompt_changes_no_operation(chunks: list[int]) -> None:
+    model = get_model_work(SMALL)
+    whole = model.get_step_work(make_step((sum(chunks), 0, 0)))
+    ends = [sum(chunks[: at + 1]) for at in range(len(chunks))]
+    parts = [
+        model.get_step_work(make_step((count, end - count, 0)))
+        for count, end in zip(chunks, ends, strict=True)
+    ]
+    assert sum(part.flops for part in parts) == whole.flops
+    assert sum(part.kv_bytes_written for part in parts) == whole.kv_bytes_written
+
+
+# ---- floors --------------------------------------------------------------------------------------
+
+DEVICE = DeviceSpec("two cores", 50e9, (("fp32", 500e9), ("int8", 2e12)), 2, 2**34)
+
+
+def test_a_decode_is_bound_by_memory_and_a_prefill_by_compute() -> None:
+    decode = get_floor_seconds(get_step_work(LLAMA_7B, DECODE), DEVICE)
+    prefill = get_floor_seconds(get_step_work(LLAMA_7B, make_step((512, 0, 1))), DEVICE)
+    assert decode.bound_by == "memory"
+    assert decode.seconds == pytest.approx(get_step_work(LLAMA_7B, DECODE).bytes / 50e9, rel=0.01)
+    assert prefill.bound_by == "compute"
+    assert sum(part.seconds for part in prefill.parts) == pytest.approx(prefill.seconds)
+
+
+def test_a_part_takes_the_longer_of_bytes_and_operations() -> None:
+    work = get_step_work(LLAMA_7B, DECODE)
+    for part, floor in zip(work.parts, get_floor_seconds(work, DEVICE).parts, strict=True):
+        assert floor.seconds == max(part.bytes / 50e9, part.flops / 500e9)
+
+
+def test_a_device_without_the_rate_is_refused_by_name() -> None:
+    device = replace(DEVICE, rates=(("int8", 2e12),))
+    with pytest.raises(ValueError, match=r"two cores has no rate for fp32 arithmetic.*int8"):
+        get_floor_seconds(get_step_work(LLAMA_7B, DECODE), device)
