@@ -54,6 +54,7 @@ class _Continuation:
     id: SequenceId
     decoder: StreamDecoder
     has_stops: bool
+    num_texts: int  # ids from here on pad the model's vocabulary and stand for no text
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
@@ -82,7 +83,7 @@ class _Continuation:
     def take_text(self) -> str:
         """The text that became safe to show since the last call."""
         for token in self.tokens[self.num_decoded :]:
-            self.text.append(self.decoder.feed(token))
+            self._feed(token)
         self.num_decoded = len(self.tokens)
         if self.ending is not None and not self.stopped:
             self.text.append(self.decoder.finish())
@@ -92,11 +93,15 @@ class _Continuation:
 
     def _decode_until_stop(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         for count, token in enumerate(tokens, start=1):
-            self.text.append(self.decoder.feed(token))
+            self._feed(token)
             if self.decoder.stopped:
                 self.stopped = True
                 return tokens[:count]
         return tokens
+
+    def _feed(self, token: int) -> None:
+        if token < self.num_texts:
+            self.text.append(self.decoder.feed(token))
 
 
 class RequestState:
@@ -110,6 +115,7 @@ class RequestState:
                 SequenceId(self.request.id, index),
                 StreamDecoder(tokenizer, submission.stop_strings, submission.skip_special_tokens),
                 bool(submission.stop_strings),
+                tokenizer.vocab_size,
             )
             for index in range(self.request.n)
         ]
@@ -159,7 +165,10 @@ class RequestState:
                     index=one.id.index,
                     text=one.take_text(),
                     tokens=tuple(one.tokens),
-                    token_bytes=tuple(map(tokenizer.get_token_bytes, one.tokens)),
+                    token_bytes=tuple(
+                        tokenizer.get_token_bytes(token) if token < one.num_texts else b""
+                        for token in one.tokens
+                    ),
                     logprobs=tuple(one.logprobs),
                     prompt_logprobs=self.prompt_scored,
                     ending=one.ending,
