@@ -34,7 +34,7 @@ from twostroke.weights.catalog import (
     parse_hub_name,
 )
 
-# (what is being done, bytes done, bytes in all or 0 if not known); may be called by any thread.
+# (what is being done, bytes done, bytes in all or 0 where nothing is counted); any thread may call.
 Progress = Callable[[str, int, int], None]
 
 _CHUNK_BYTES = 1 << 20
@@ -84,15 +84,16 @@ def pull_hub_model(model: HubModel, progress: Progress = ignore_progress) -> Pat
 
     What a broken pull had fetched is kept and gone on with: the hub's client checks each file.
     """
-    from twostroke.weights.hub import download
+    from twostroke.weights.hub import download, list_files
 
     if model.path.exists():
         return model.path
     with _exclusive(model.folder.name, progress) as scratch:
         if model.path.exists():  # another pull was faster
             return model.path
-        with _watch(scratch, f"downloading {model.repository}", 0, progress):
-            download(model, scratch)
+        listed = list_files(model)
+        with _watch(scratch, f"downloading {model.repository}", listed.bytes, progress):
+            download(model, listed, scratch)
         shutil.rmtree(scratch / ".cache", ignore_errors=True)  # the client's own notes
         model.folder.parent.mkdir(parents=True, exist_ok=True)
         scratch.replace(model.folder)
@@ -226,7 +227,7 @@ def _watch(folder: Path, what: str, total: int, progress: Progress) -> Iterator[
         most = 0
         while not stop.wait(_POLL_SECONDS):
             size = _measure(folder)
-            most = max(most, min(size, total) if total else size)
+            most = max(most, min(size, total))
             progress(what, most, total)
 
     thread = threading.Thread(target=report, name="pull-progress", daemon=True)
