@@ -69,7 +69,7 @@ def run_native(
     threads: int = 2,
     kv: tuple[NDArray[np.uint8], KVShape] | None = None,
 ) -> F32:
-    """Runs `call(ops, *slots)` natively on these inputs (T, width); returns its result (T, width)."""
+    """Runs `call(ops, *slots)` natively on these inputs (T, width); returns the result likewise."""
     memory, shape = kv if kv is not None else (np.zeros(64, np.uint8), KVShape(1, 1, BLOCK, 1, 16))
     if kv is None:
         memory = np.zeros(shape.bytes, np.uint8)
@@ -142,8 +142,11 @@ def random_matrix_bytes(
     size = format.block.bytes
     blocks = rng.integers(0, 256, (outputs * inputs // format.block.weights, size), np.uint8)
     halves = {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(format.value, [0, 2])
+    # Scales that keep weights near 0.05 whatever the quants and inner scales are.
+    largest = {"Q8_0": 16, "Q5_0": 2, "Q5_1": 2, "Q4_K": 32, "Q5_K": 64, "Q6_K": 200}
     for offset in halves:
-        scales = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16)
+        spread = 0.01 / largest.get(format.value, 1)
+        scales = (rng.standard_normal(len(blocks)) * spread).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
     return np.ascontiguousarray(blocks).reshape(-1)
 

@@ -6,6 +6,7 @@ import resource
 
 import numpy as np
 import pytest
+
 from kernels_support import (
     BLOCK,
     ISAS,
@@ -15,7 +16,6 @@ from kernels_support import (
     make_step,
     run_native,
 )
-
 from twostroke.kernels.ops import KVShape, StepArrays
 from twostroke.kernels.reference.ops import ReferenceKV, attention, get_pool_extents
 
@@ -104,7 +104,7 @@ def test_f16_keys_and_values_cost_no_more_than_their_rounding(heads: tuple[int, 
 def test_extreme_logits_stay_exact_and_finite() -> None:
     # Keys scaled so that logits reach ±1e4: probabilities are 0 or 1 but for near ties.
     case = make_case((3, 3, 64), ROWS, "f32", logit_scale=3000.0)
-    step, kv, shape, q = case
+    step, kv, _, q = case
     logits = np.abs(q.reshape(-1, 64) @ np.nan_to_num(kv.keys[0]).reshape(-1, 64).T) / 8
     assert logits.max() > 1e4
     y = run(case, None)
@@ -120,7 +120,7 @@ def test_extreme_logits_stay_exact_and_finite() -> None:
 
 def test_one_key_far_above_the_rest_wins_exactly() -> None:
     case = make_case((1, 1, 64), [RowCase(600, 1)], "f32")
-    step, kv, shape, q = case
+    step, kv, _, q = case
     q[:] = 0
     q[0, 0] = 1000.0
     kv.keys[np.isfinite(kv.keys)] = 0
@@ -174,7 +174,7 @@ def test_physical_blocks_do_not_matter() -> None:
 
 
 def test_memory_grows_with_length_not_with_its_square() -> None:
-    """Doubling a prompt must not quadruple the extra memory: 16,384² scores would be 1 GiB a head."""
+    """Doubling a prompt must not quadruple its memory: 16,384² scores would be 1 GiB a head."""
     extra = []
     for length in (8192, 16384):
         shape = KVShape(1, length // BLOCK, BLOCK, 1, 16, "f16")

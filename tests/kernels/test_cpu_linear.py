@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernels_support import ISAS, pack, plain_step, random_matrix_bytes, run_native
 
+from kernels_support import ISAS, pack, plain_step, random_matrix_bytes, run_native
 from twostroke.kernels.cpu.weights import Vector
 from twostroke.kernels.reference.dequant import dequantise
 from twostroke.spec.quant import Format

@@ -137,7 +137,7 @@ class LocalExecutor:
                 continue
             try:
                 answer: StepOutcome | ExecutorLost = self._run(plan)
-            except Exception as error:  # outermost frame: whatever failed, the plan is answered
+            except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
                 _log.exception("step %d failed", plan.step)
                 answer = ExecutorLost(f"step {plan.step} failed: {type(error).__name__}: {error}")
             on_done(answer)

@@ -40,7 +40,8 @@ class ReferenceRunner:
         self._ops = make_ops(ReferenceKV(memory[0], memory[1]))
         self._weights = {name: _to_float(spec, tensor) for name, tensor in tensors.items()}
         positions = min(spec.context_tokens, sizes.num_blocks * sizes.block_tokens)
-        factors = self._weights.get("rope_factors")
+        stored = self._weights.get("rope_factors")
+        factors = None if stored is None else stored.astype(np.float64)
         self._ropes = {
             rope: make_rope_table(rope, spec.head_dim, positions, spec.rope_layout, factors)
             for rope in {layer.rope: None for layer in spec.layers}

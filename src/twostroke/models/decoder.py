@@ -22,7 +22,7 @@ def run_layers(
     ropes: RopeTables,
     step: StepArrays,
 ) -> Array:
-    """All layers over the step's T tokens; writes their KV. Returns (T, width) before the last norm."""
+    """All layers over the step's T tokens; writes their KV; returns (T, width) before final_norm."""
     x = ops.embed(step, weights["embed"], spec.embed_scale)
     for index, layer in enumerate(spec.layers):
         own = _Layer(weights, f"layers.{index}.")

@@ -1,1 +1,1 @@
-"""The reference backend: plain NumPy that reads like the papers; every other backend is checked against it."""
+"""The reference backend: plain NumPy, the measure for every other backend."""

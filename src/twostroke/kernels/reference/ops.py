@@ -63,14 +63,16 @@ def make_ops(kv: ReferenceKV) -> OpTable:
 
 def embed(step: StepArrays, table: F32, scale: float) -> F32:
     """Rows of `table` (vocab, width) for step.tokens, times scale: (T, width)."""
-    return table[step.tokens] * np.float32(scale)
+    rows: F32 = table[step.tokens] * np.float32(scale)
+    return rows
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """x / sqrt(mean(x^2) + eps) * weight over groups of weight's length (Zhang & Sennrich 2019)."""
     groups = x.reshape(*x.shape[:-1], -1, weight.size)
     mean = np.mean(groups * groups, axis=-1, keepdims=True, dtype=np.float32)
-    return (groups / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
+    root = np.sqrt(mean + np.float32(eps))
+    return np.asarray(groups / root * weight, x.dtype).reshape(x.shape)
 
 
 def linear(x: F32, weight: F32, bias: F32 | None) -> F32:
@@ -143,6 +145,8 @@ def attention(
 def gated(gate: F32, up: F32, activation: str) -> F32:
     """activation(gate) * up: silu (Elfwing et al. 2018) or the tanh form of gelu."""
     if activation == "silu":
-        return gate / (1 + np.exp(-gate)) * up
+        sigmoid: F32 = np.exp(-np.logaddexp(np.float32(0), -gate))
+        return gate * sigmoid * up
     inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
-    return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
+    tanh: F32 = np.tanh(inner)
+    return np.float32(0.5) * gate * (1 + tanh) * up

@@ -1,0 +1,129 @@
+"""The CPU runner's whole forward pass against the reference runner, and the executor's promises."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kernels_support import RowCase, make_step
+from tiny_models import TINY_SPECS, make_tensors
+from twostroke.core.ports import StepAnswer
+from twostroke.core.types import BlockCopy, Row, SamplingSpec, SequenceId, StepOutcome, StepPlan
+from twostroke.errors import ExecutorLost, UnsupportedModel
+from twostroke.exec.cpu import CpuRunner
+from twostroke.exec.local import LocalExecutor, RunnerSizes
+from twostroke.exec.reference import ReferenceRunner
+from twostroke.spec.quant import Format
+
+SIZES = RunnerSizes(threads=2, num_blocks=64, block_tokens=16, max_step_tokens=512)
+
+
+@pytest.mark.parametrize("family", list(TINY_SPECS))
+def test_float_weights_give_the_reference_logits(family: str) -> None:
+    spec = TINY_SPECS[family]
+    tensors = make_tensors(spec, Format.F32)
+    runners = (CpuRunner(spec, tensors, SIZES), ReferenceRunner(spec, tensors, SIZES))
+    rng = np.random.default_rng(1)
+    first = make_step([RowCase(0, 130), RowCase(0, 3)], rng, 20)
+    rows = np.arange(120, 133, dtype=np.int32)
+    results = []
+    for runner in runners:
+        runner.run_layers(first)
+        results.append(np.array(runner.get_logits(rows)))
+    # f16 KV against f32 KV: each stored value is off by at most 2^-11 of itself.
+    assert np.abs(results[0] - results[1]).max() <= 4e-3 * np.abs(results[1]).max()
+
+
+@pytest.mark.parametrize("format", list(Format))
+def test_every_format_runs_near_the_reference(format: Format) -> None:
+    # Superblock formats need inputs that are multiples of 256.
+    spec = replace(
+        TINY_SPECS["llama"], width=256, ffn_width=512, num_heads=4, num_kv_heads=2, head_dim=64
+    )
+    tensors = make_tensors(spec, format)
+    step = make_step([RowCase(0, 20)], np.random.default_rng(2), 20)
+    rows = np.arange(20, dtype=np.int32)
+    logits = []
+    for runner in (CpuRunner(spec, tensors, SIZES), ReferenceRunner(spec, tensors, SIZES)):
+        runner.run_layers(step)
+        logits.append(np.array(runner.get_logits(rows)))
+    assert np.isfinite(logits[0]).all()
+    error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[1])
+    assert error <= 0.05  # 8-bit activations over two layers
+
+
+def make_executor() -> LocalExecutor:
+    spec = TINY_SPECS["llama"]
+    return LocalExecutor(CpuRunner(spec, make_tensors(spec, Format.Q4_0), SIZES), SIZES)
+
+
+def make_row(tokens: tuple[int, ...], start: int, blocks: tuple[int, ...]) -> Row:
+    return Row(SequenceId("r", 0), tokens, start, blocks, SamplingSpec(logprobs=0))
+
+
+def run_plan(executor: LocalExecutor, plan: StepPlan) -> StepAnswer:
+    done = threading.Event()
+    answers: list[StepAnswer] = []
+    executor.start(plan, lambda answer: (answers.append(answer), done.set())[1])
+    assert done.wait(30)
+    assert len(answers) == 1
+    return answers[0]
+
+
+def test_copied_and_moved_blocks_hold_the_same_keys_and_values() -> None:
+    executor = make_executor()
+    prompt = tuple(range(30))
+    run_plan(executor, StepPlan(0, (make_row(prompt, 0, (3, 4)),)))
+    expected = run_plan(executor, StepPlan(1, (make_row((7,), 30, (3, 4)),)))
+    copied = run_plan(executor, StepPlan(2, (make_row((7,), 30, (3, 9)),), (BlockCopy(4, 9),)))
+    executor.write_kv(executor.read_kv([3, 4]), [21, 20])
+    moved = run_plan(executor, StepPlan(3, (make_row((7,), 30, (21, 20)),)))
+    executor.close()
+    assert isinstance(expected, StepOutcome)
+    assert isinstance(copied, StepOutcome)
+    assert isinstance(moved, StepOutcome)
+    assert expected.results == copied.results == moved.results
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        make_row((500,), 0, (1,)),  # a token beyond the vocabulary
+        make_row((1,), 0, (64,)),  # a block beyond the pool
+        make_row((1,), 16, (1,)),  # a block table too short
+        make_row((1,), 10**6, (1,)),  # a position beyond the rope tables
+        make_row((1,) * 600, 0, tuple(range(40))),  # more tokens than a step may hold
+    ],
+)
+def test_an_impossible_plan_answers_lost_and_the_executor_lives_on(row: Row) -> None:
+    executor = make_executor()
+    assert isinstance(run_plan(executor, StepPlan(0, (row,))), ExecutorLost)
+    answer = run_plan(executor, StepPlan(1, (make_row((1, 2), 0, (5,)),)))
+    assert isinstance(answer, StepOutcome)
+    executor.close()
+
+
+def test_a_closed_executor_answers_lost() -> None:
+    executor = make_executor()
+    executor.close()
+    executor.close()
+    answer = run_plan(executor, StepPlan(0, (make_row((1,), 0, (1,)),)))
+    assert isinstance(answer, ExecutorLost)
+
+
+def test_plans_queued_at_close_are_all_answered() -> None:
+    executor = make_executor()
+    answers: list[StepAnswer] = []
+    for step in range(20):
+        executor.start(StepPlan(step, (make_row((1,), 0, (1,)),)), answers.append)
+    executor.close()
+    assert len(answers) == 20
+
+
+def test_an_odd_head_size_is_refused_with_the_way_out() -> None:
+    spec = replace(TINY_SPECS["llama"], head_dim=24)
+    with pytest.raises(UnsupportedModel, match="--backend reference"):
+        CpuRunner(spec, make_tensors(spec, Format.F32), SIZES)
