@@ -8,6 +8,7 @@ everything on to the offline engine.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import OutputDelta, RequestOutput
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import EngineParts, Message, Prompt
-from twostroke.exec.local import build_executor
-from twostroke.text.chat import ChatTemplate
-from twostroke.text.tokenizer import build_tokenizer
+from twostroke.errors import TemplateError
+from twostroke.exec.build import build_executor
+from twostroke.exec.local import RunnerSizes
+from twostroke.text.chat import ChatTemplate, build_chat_template
+from twostroke.text.tokenizer import Tokenizer, build_tokenizer
 from twostroke.weights.catalog import resolve
 from twostroke.weights.load import OpenModel, open_model
 
@@ -49,18 +52,17 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
     """
     with contextlib.ExitStack() as undo:
         model = undo.enter_context(open_model(resolve(wanted.model)))
-        spec, vocabulary = model.spec, model.vocabulary
+        spec = model.spec
         settings = resolve_settings(wanted, spec, read_machine())
-        tokenizer = build_tokenizer(vocabulary)
-        template = build_template(model)
-        executor = build_executor(
-            model,
-            backend=settings.backend,
+        tokenizer = build_tokenizer(model.vocabulary)
+        template = find_chat_template(model, tokenizer)
+        sizes = RunnerSizes(
             threads=settings.threads,
             num_blocks=settings.num_blocks,
             block_tokens=settings.block_tokens,
             max_step_tokens=settings.step_tokens,
         )
+        executor = build_executor(model, settings.backend, sizes)
         undo.callback(executor.close)
         config = SchedulerConfig(
             num_blocks=settings.num_blocks,
@@ -81,6 +83,19 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)
+
+
+def find_chat_template(model: OpenModel, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's chat template; None where it has none, or none that compiles.
+
+    A broken template takes the chat away and leaves the model: the log says what is wrong with it.
+    """
+    try:
+        return build_chat_template(model.vocabulary, tokenizer)
+    except TemplateError as error:
+        if model.vocabulary.chat_template is not None:
+            logging.getLogger(__name__).warning("%s: %s", model.path, error)
+        return None
 
 
 def get_model_name(model: str) -> str:

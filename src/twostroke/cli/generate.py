@@ -82,6 +82,6 @@ def print_strokes(strokes: tuple[Stroke, Stroke], answer: Completion, device: De
 
     console = Console(stderr=True, highlight=False)
     console.print(build_table(*strokes))
-    console.print(format_device(device), style="dim")
+    console.print(format_device(device), style="dim", soft_wrap=True)
     if answer.finish_reason == "length":
         console.print(f"cut after {len(answer.tokens)} tokens; --max-tokens allows more")

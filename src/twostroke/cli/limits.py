@@ -79,5 +79,5 @@ def format_device(device: DeviceSpec) -> str:
     )
     return (
         f"limits measured now, {device.threads} threads: {bandwidth:.3g} GB/s read, "
-        f"{int8:,.0f} Gop/s int8, {fp32:,.0f} Gflop/s fp32"
+        f"int8 {int8:,.0f} Gop/s, fp32 {fp32:,.0f} Gflop/s"
     )

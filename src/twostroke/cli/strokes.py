@@ -7,7 +7,6 @@ probes, times from the engine.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,11 +74,12 @@ class Stroke:
 
 def add_floors(floors: Iterable[Floor]) -> StrokeFloor:
     """The floor of steps that run one after the other."""
-    seconds: Counter[str] = Counter()
+    seconds = {"memory": 0.0, "compute": 0.0}
     for floor in floors:
         for part in floor.parts:
             seconds[part.bound_by] += part.seconds
-    return StrokeFloor(sum(seconds.values()), max(sorted(seconds), key=seconds.__getitem__))
+    bound_by = "memory" if seconds["memory"] >= seconds["compute"] else "compute"
+    return StrokeFloor(sum(seconds.values()), bound_by)
 
 
 def measure(before: EngineStats, after: EngineStats) -> Measured:

@@ -12,7 +12,7 @@ def format_summary(built: BuiltEngine) -> str:
     weights = format_count(spec.num_weights)
     lines = [
         f"{built.parts.model_name}: {spec.family}, {weights} weights in "
-        f"{format_bytes(info.weight_bytes)}, context {spec.context_tokens:,} tokens; {info.device}"
+        f"{format_bytes(info.weight_bytes)}, context {spec.context_tokens:,} tokens; {info.backend}"
     ]
     choices = built.settings.choices
     names = max(len(choice.name) for choice in choices)
