@@ -36,12 +36,15 @@ def write(pieces: list[str], output: io.StringIO | None) -> AnswerWriter:
 
 def test_a_given_prompt_goes_before_what_is_piped_in() -> None:
     assert read_prompt("given", io.StringIO("piped")) == "given"
-    assert read_prompt(None, io.StringIO("piped")) == "piped"
+    assert read_prompt(None, io.StringIO("piped\n")) == "piped"
 
 
-def test_without_a_prompt_nobody_is_left_waiting() -> None:
+@pytest.mark.parametrize(
+    ("given", "piped"), [(None, Terminal()), (None, io.StringIO("\n")), ("", io.StringIO("piped"))]
+)
+def test_without_a_prompt_nobody_is_left_waiting(given: str | None, piped: io.StringIO) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        read_prompt(None, Terminal())
+        read_prompt(given, piped)
     assert caught.value.parameter == "prompt"
 
 

@@ -50,12 +50,18 @@ def run_generate(
 
 
 def read_prompt(given: str | None, standard_input: TextIO) -> str:
-    """The prompt given, or all of what is piped in. Raises InvalidParameter where neither is."""
-    if given is not None:
-        return given
-    if standard_input.isatty():
-        raise InvalidParameter("prompt", "give one with --prompt, or pipe it in")
-    return standard_input.read()
+    """The prompt given, or all of what is piped in, less the line end that `echo` adds.
+
+    Raises InvalidParameter where there is neither, or nothing in it.
+    """
+    prompt = given
+    if prompt is None:
+        if standard_input.isatty():
+            raise InvalidParameter("prompt", "give one with --prompt, or pipe it in")
+        prompt = standard_input.read().removesuffix("\n")
+    if not prompt:
+        raise InvalidParameter("prompt", "is empty")
+    return prompt
 
 
 def should_use_template(asked: bool | None, llm: LLM) -> bool:
