@@ -138,7 +138,7 @@ def resolve(name_or_path: str | Path) -> Path:
         if path.is_file():
             return path
         raise UnknownModel(f"{name} is not here yet: run `twostroke pull {name}`")
-    if _exists(Path(name_or_path)):
+    if name and _exists(Path(name_or_path)):
         return Path(name_or_path)
     if isinstance(name_or_path, str) and is_hub_name(name):
         path = parse_hub_name(name).path
