@@ -41,7 +41,9 @@ class Format(enum.Enum):
         """Bytes that `weights` weights take; `weights` must fill whole blocks (ValueError)."""
         shape = self.block
         if weights % shape.weights:
-            raise ValueError(f"{weights} weights do not fill {self.value} blocks of {shape.weights}")
+            raise ValueError(
+                f"{weights} weights do not fill {self.value} blocks of {shape.weights}"
+            )
         return weights // shape.weights * shape.bytes
 
 
