@@ -122,6 +122,7 @@ class FakeExecutor:
         self.held: deque[HeldStep] = deque()
         self.plans: list[StepPlan] = []
         self.is_closed = False
+        self.is_busy = False  # a thread is computing a step
 
     # ---- Executor -------------------------------------------------------------------------------
 
@@ -165,7 +166,14 @@ class FakeExecutor:
 
     def answer_threaded(self, plan: StepPlan, on_done: OnDone) -> None:
         """Compute and answer from a thread."""
-        threading.Thread(target=lambda: on_done(self.compute(plan)), daemon=True).start()
+        self.is_busy = True
+
+        def answer() -> None:
+            outcome = self.compute(plan)
+            self.is_busy = False
+            on_done(outcome)
+
+        threading.Thread(target=answer, daemon=True).start()
 
     def answer_held(self, plan: StepPlan, on_done: OnDone) -> None:
         """Wait for `release`, or for ever."""

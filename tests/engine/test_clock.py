@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 from fakes import ManualClock
-
 from twostroke.engine.clock import MonotonicClock
 
 

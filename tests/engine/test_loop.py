@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from fakes import FakeExecutor, ManualClock, make_config
 
+from fakes import FakeExecutor, ManualClock, make_config
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
     Cancelled,

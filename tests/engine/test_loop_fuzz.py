@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from fakes import FakeExecutor, ManualClock, draw_by_hash, make_config
 
+from fakes import FakeExecutor, ManualClock, draw_by_hash, make_config
 from twostroke.core.ports import OnDone
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twostroke.core.types import Request, Rejected, SchedulerConfig
 from twostroke.core.scheduler import Scheduler
+from twostroke.core.types import Rejected, Request, SchedulerConfig
 from twostroke.engine.params import ModelLimits, SamplingParams, to_request
 from twostroke.errors import InvalidParameter
 
@@ -33,7 +33,10 @@ ABSURD: list[tuple[str, Any]] = [
     *[("seed", value) for value in (2**64, -(2**63) - 1, 10**40, 1.0, "1", True)],
     *[("max_tokens", value) for value in (0, -5, 2**31, 1.0, NAN, "9", True)],
     *[("min_tokens", value) for value in (-1, 17, 2.0, "1", True, None)],
-    *[("stop", value) for value in ("", ["a", ""], ["x"] * 17, [1], 5, b"x", "s" * 257, {"a": 1})],
+    *[
+        ("stop", value)
+        for value in ("", ["a", ""], ["x"] * 17, [1], 5, b"x", "s" * 257, {"a": 1}, "\ud800")
+    ],
     *[("stop_token_ids", value) for value in ([-1], [1.0], ["1"], [True], 5, "12", [0] * 257)],
     *[("ignore_eos", value) for value in (1, 0, None, "yes")],
     *[("skip_special_tokens", value) for value in (1, "no", None)],

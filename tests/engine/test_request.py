@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from fakes import EOS, make_vocabulary
 
+from fakes import EOS, make_vocabulary
 from twostroke.core.types import (
     Cancelled,
     Ending,
@@ -25,7 +25,7 @@ from twostroke.core.types import (
 )
 from twostroke.engine.metrics import EngineMetrics
 from twostroke.engine.outputs import OutputDelta
-from twostroke.engine.request import RequestBook, RequestState, Submission
+from twostroke.engine.request import RequestBook, RequestState, TextRules
 from twostroke.text.tokenizer import Tokenizer
 
 
@@ -40,7 +40,8 @@ class Bench:
         tokenizer = Tokenizer.from_vocabulary(make_vocabulary())
         self.book = RequestBook(tokenizer, self.metrics, self.count_delivery)
         request = Request("r", (1, 2, 3, 4), 100, n=n)
-        self.state: RequestState = self.book.open(Submission(request, self.take, stops, skip), 10)
+        self.state = RequestState(request, TextRules(tokenizer, stops, skip), self.take)
+        self.book.open(self.state, 10)
 
     def count_delivery(self) -> None:
         self.deliveries += 1

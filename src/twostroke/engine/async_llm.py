@@ -18,7 +18,7 @@ from twostroke.core.types import Ending, TokenLogprob
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
-from twostroke.engine.request import RequestState, Submission
+from twostroke.engine.request import RequestState
 from twostroke.engine.service import (
     EngineHealth,
     EngineParts,
@@ -31,8 +31,9 @@ from twostroke.engine.service import (
 from twostroke.spec.model import ModelSpec
 from twostroke.text.tokenizer import Tokenizer
 
-# Above this many characters or ids a prompt is encoded and checked off the event loop.
-LONG_PROMPT = 2000
+# A request with more than this many characters or ids, of its prompt and of the stop strings of all
+# its continuations, is prepared off the event loop.
+MUCH_TEXT = 2000
 
 
 @dataclass(slots=True)
@@ -238,21 +239,23 @@ class AsyncLLM:
         """
         service = self._service
         own = params or SamplingParams()
-        is_long = isinstance(prompt, Sequence) and len(prompt) > LONG_PROMPT
-        encode = partial(service.encode, prompt, add_special=add_special)
-        tokens = await asyncio.to_thread(encode) if is_long else encode()
         fresh_id = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"
-        request = service.make_request(own, fresh_id, tokens, priority)
         channel = _Channel(asyncio.get_running_loop())
         sink = partial(self._outbox.put, channel)
-        submission = Submission(request, sink, own.stop_strings, own.skip_special_tokens)
-        future = service.submit([submission])
+
+        def prepare() -> RequestState:
+            tokens = service.encode(prompt, add_special=add_special)
+            request = service.make_request(own, fresh_id, tokens, priority)
+            return service.make_state(request, own, sink)
+
+        state = await asyncio.to_thread(prepare) if _has_much_text(prompt, own) else prepare()
+        future = service.submit([state])
         try:
-            states = await asyncio.wrap_future(future)
+            await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             future.add_done_callback(partial(cancel_submitted, service))
             raise
-        return RequestStream(service, states[0], channel)
+        return RequestStream(service, state, channel)
 
     def render_chat(
         self,
@@ -263,7 +266,7 @@ class AsyncLLM:
     ) -> str:
         """The prompt text of a conversation; submit it with add_special=False.
 
-        Raises TemplateError.
+        Raises TemplateError, and InvalidParameter for messages of the wrong shape.
         """
         return self._service.render_chat(
             messages, tools, add_generation_prompt=add_generation_prompt
@@ -280,3 +283,11 @@ class AsyncLLM:
     def close(self) -> None:
         """End the engine; live requests end Failed. Again does nothing."""
         self._close()
+
+
+def _has_much_text(prompt: Prompt, params: SamplingParams) -> bool:
+    # Wrong types are still to be refused, so nothing may be taken for granted here.
+    chars = len(prompt) if isinstance(prompt, Sequence) else 0
+    if isinstance(params, SamplingParams):
+        chars += params.n * sum(map(len, params.stop_strings))
+    return chars > MUCH_TEXT

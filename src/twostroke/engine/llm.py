@@ -12,7 +12,6 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,15 +25,16 @@ from twostroke.engine.collect import (
     raise_failed,
 )
 from twostroke.engine.metrics import EngineStats
-from twostroke.engine.outputs import OutputDelta, RequestOutput
+from twostroke.engine.outputs import RequestOutput
 from twostroke.engine.params import SamplingParams
-from twostroke.engine.request import RequestState, Submission
+from twostroke.engine.request import RequestState
 from twostroke.engine.service import (
     EngineHealth,
     EngineParts,
     EngineService,
     Message,
     Prompt,
+    Submitted,
     Tool,
     cancel_submitted,
 )
@@ -42,7 +42,6 @@ from twostroke.errors import (
     InvalidParameter,
     InvalidRequest,
     PromptTooLong,
-    TemplateError,
 )
 
 __all__ = ["EngineParts", "OfflineLLM", "Progress"]
@@ -93,7 +92,8 @@ class OfflineLLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them.
 
-        Each message has a `role` and a `content`. Raises TemplateError, and what `generate` does.
+        Each message has a `role` and a `content`. Raises TemplateError, InvalidParameter for
+        messages of the wrong shape, and what `generate` does.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise InvalidRequest("messages: must be a list of messages that is not empty")
@@ -108,10 +108,10 @@ class OfflineLLM:
                         add_generation_prompt=add_generation_prompt,
                     )
                 )
-            except TemplateError as error:
+            except InvalidRequest as error:
                 if one:
                     raise
-                raise TemplateError(f"conversation {index}: {error}") from error
+                raise _name_place(error, f"conversation {index}") from error
         return self._run(texts, params, progress, add_special=False)
 
     def stream(
@@ -125,10 +125,11 @@ class OfflineLLM:
         own = params or SamplingParams()
         request = self._make_request(prompt, own, add_special)
         stream = DeltaStream()
-        future = self._service.submit([_submit_as(request, own, stream.get_sink())])
+        state = self._service.make_state(request, own, stream.get_sink())
+        future = self._service.submit([state])
         with self._cancelling(future):
-            states = future.result()
-        stream.own(partial(self._service.cancel, states))
+            future.result()
+        stream.own(partial(self._service.cancel, [state]))
         return stream
 
     def render_chat(
@@ -138,7 +139,10 @@ class OfflineLLM:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text of a conversation. Raises TemplateError."""
+        """The prompt text of a conversation; stream it with add_special=False.
+
+        Raises TemplateError, and InvalidParameter for messages of the wrong shape.
+        """
         return self._service.render_chat(
             messages, tools, add_generation_prompt=add_generation_prompt
         )
@@ -179,15 +183,15 @@ class OfflineLLM:
             except InvalidRequest as error:
                 if len(prompts) == 1:
                     raise
-                raise _name_index(error, index) from error
+                raise _name_place(error, f"prompt {index}") from error
         if not requests:
             return []
         collector = Collector(requests)
-        submissions = [
-            _submit_as(request, own, partial(collector.take, index))
+        states = [
+            self._service.make_state(request, own, partial(collector.take, index))
             for index, (request, own) in enumerate(zip(requests, each, strict=True))
         ]
-        states = self._wait(submissions, collector, _get_reporter(progress))
+        self._wait(states, collector, _get_reporter(progress))
         outputs = [
             build_output(prompt, state, collected)
             for prompt, state, collected in zip(prompts, states, collector.collected, strict=True)
@@ -196,24 +200,25 @@ class OfflineLLM:
         return outputs
 
     def _wait(
-        self, submissions: list[Submission], collector: Collector, report: OnProgress | None
-    ) -> list[RequestState]:
-        future = self._service.submit(submissions)
+        self, states: list[RequestState], collector: Collector, report: OnProgress | None
+    ) -> None:
+        future = self._service.submit(states)
         with self._cancelling(future):
-            states = future.result()
-            while not collector.is_done:
+            future.result()
+            is_done = False
+            while not is_done:
                 collector.changed.wait()
                 collector.changed.clear()
+                is_done = collector.is_done  # read first, so that the last report is complete
                 if report is not None:
                     report(collector.get_progress())
-        return states
 
     def _make_request(self, prompt: Prompt, params: SamplingParams, add_special: bool) -> Request:
         tokens = self._service.encode(prompt, add_special=add_special)
         return self._service.make_request(params, f"offline-{next(self._ids)}", tokens)
 
     @contextmanager
-    def _cancelling(self, future: Future[list[RequestState]]) -> Iterator[None]:
+    def _cancelling(self, future: Submitted) -> Iterator[None]:
         """Cancel what a submission started, or is about to start, when the body is left early."""
         has_finished = False
         try:
@@ -223,12 +228,6 @@ class OfflineLLM:
             if not has_finished:
                 future.cancel()
                 future.add_done_callback(partial(cancel_submitted, self._service))
-
-
-def _submit_as(
-    request: Request, params: SamplingParams, sink: Callable[[Sequence[OutputDelta], bool], None]
-) -> Submission:
-    return Submission(request, sink, params.stop_strings, params.skip_special_tokens)
 
 
 def _list_prompts(prompts: Any) -> list[Prompt]:
@@ -251,13 +250,14 @@ def _spread_params(params: Params, count: int) -> list[SamplingParams]:
     return list(params)
 
 
-def _name_index(error: InvalidRequest, index: int) -> InvalidRequest:
-    message = f"prompt {index}: {error}"
+def _name_place(error: InvalidRequest, where: str) -> InvalidRequest:
+    """The same error, saying which of several prompts or conversations it is about."""
     if isinstance(error, InvalidParameter):
-        return InvalidParameter(error.parameter, message.replace(f"{error.parameter}: ", "", 1))
+        message = str(error).removeprefix(f"{error.parameter}: ")
+        return InvalidParameter(error.parameter, f"{where}: {message}")
     if isinstance(error, PromptTooLong):
-        return PromptTooLong(message, error.limit_tokens)
-    return InvalidRequest(message)
+        return PromptTooLong(f"{where}: {error}", error.limit_tokens)
+    return type(error)(f"{where}: {error}")
 
 
 def _get_reporter(progress: bool | OnProgress) -> OnProgress | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from twostroke.core.types import Request, SamplingSpec
 from twostroke.errors import InvalidParameter
+from twostroke.text.tokenizer import check_text
 
 MAX_N = 128
 MAX_TEMPERATURE = 100.0
@@ -41,11 +42,11 @@ class SamplingParams:
     n: continuations of the prompt, 1 … 128. temperature: 0 is greedy. top_k: 0 or -1 is off.
     top_p, min_p: 1.0 and 0.0 are off. repetition_penalty: 1.0 is off. seed: None draws a fresh
     one when the request is submitted, which the request then records. max_tokens: None goes on
-    for as long as the context allows. min_tokens: no stop is obeyed before so many. stop: up to 16
-    strings, none of which is part of the text. stop_token_ids: end a continuation and are its
-    last token. ignore_eos: the model's own end tokens do not stop it. logprobs, prompt_logprobs:
-    None, or how many alternatives to report, at most 20. logit_bias: token id to addend.
-    Raises InvalidParameter.
+    for as long as the context allows. min_tokens: no end token and none of stop_token_ids is
+    obeyed before so many; stop strings always are. stop: up to 16 strings, none of which is part
+    of the text. stop_token_ids: end a continuation and are its last token. ignore_eos: the
+    model's own end tokens do not stop it. logprobs, prompt_logprobs: None, or how many
+    alternatives to report, at most 20. logit_bias: token id to addend. Raises InvalidParameter.
     """
 
     n: int = 1
@@ -208,6 +209,7 @@ def _check_stops(stops: Any) -> tuple[str, ...]:
             raise InvalidParameter(
                 "stop", f"each must have 1 to {MAX_STOP_CHARS} characters, not {len(string)}"
             )
+        check_text("stop", string)
     return tuple(strings)
 
 

@@ -38,11 +38,10 @@ Sink = Callable[[Sequence[OutputDelta], bool], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
-    """A request with what the scheduler does not need to know: its text rules and its receiver."""
+class TextRules:
+    """How the tokens of a request become text; the scheduler need not know."""
 
-    request: Request
-    sink: Sink
+    tokenizer: Tokenizer
     stop_strings: tuple[str, ...] = ()
     skip_special_tokens: bool = True
 
@@ -105,23 +104,29 @@ class _Continuation:
 
 
 class RequestState:
-    """One live request; callers keep it as their handle and read its timings."""
+    """One request from before its submission to its end; callers keep it as their handle.
 
-    def __init__(self, submission: Submission, tokenizer: Tokenizer, now_ns: int) -> None:
-        self.request = submission.request
-        self.sink = submission.sink
+    Making one is slow when there are many continuations and long stop strings, and touches nothing
+    else: it belongs on the caller's thread. From its submission on, the engine's thread owns it
+    and others may only read the request and the timings.
+    """
+
+    def __init__(self, request: Request, rules: TextRules, sink: Sink) -> None:
+        tokenizer = rules.tokenizer
+        self.request = request
+        self.sink = sink
         self.continuations = [
             _Continuation(
-                SequenceId(self.request.id, index),
-                StreamDecoder(tokenizer, submission.stop_strings, submission.skip_special_tokens),
-                bool(submission.stop_strings),
+                SequenceId(request.id, index),
+                StreamDecoder(tokenizer, rules.stop_strings, rules.skip_special_tokens),
+                bool(rules.stop_strings),
                 tokenizer.vocab_size,
             )
-            for index in range(self.request.n)
+            for index in range(request.n)
         ]
-        self.num_live = self.request.n
+        self.num_live = request.n
         self.prompt_scored: tuple[TokenLogprob, ...] = ()
-        self.submitted_ns = now_ns
+        self.submitted_ns = 0
         self.first_planned_ns = 0
         self.first_token_ns = 0
         self.ended_ns = 0
@@ -200,12 +205,11 @@ class RequestBook:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._live or request_id in self._undelivered
 
-    def open(self, submission: Submission, now_ns: int) -> RequestState:
+    def open(self, state: RequestState, now_ns: int) -> None:
         """Begin to follow a request that the scheduler has accepted."""
-        state = RequestState(submission, self._tokenizer, now_ns)
+        state.submitted_ns = now_ns
         self._live[state.request.id] = state
         self._metrics.record_accepted()
-        return state
 
     # ---- LoopListener ---------------------------------------------------------------------------
 

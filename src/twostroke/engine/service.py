@@ -22,7 +22,7 @@ from twostroke.core.types import Rejected, Request
 from twostroke.engine.loop import EngineLoop, LoopPolicy
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
 from twostroke.engine.params import ModelLimits, SamplingParams, to_request
-from twostroke.engine.request import RequestBook, RequestState, Submission
+from twostroke.engine.request import RequestBook, RequestState, Sink, TextRules
 from twostroke.engine.thread import EngineThread
 from twostroke.errors import InvalidParameter, InvalidRequest, PromptTooLong, TemplateError
 from twostroke.spec.model import ModelSpec
@@ -35,6 +35,7 @@ MAX_PRIORITY = 2**31
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
+Submitted = Future[Sequence[RequestState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class _EngineWork:
         self._loop = loop
         self._book = book
         self._metrics = metrics
-        self._num_blocks = parts.executor.describe().num_blocks
+        self._num_blocks = parts.scheduler.config.num_blocks
 
     def pump(self) -> float | None:
         self._loop.pump()
@@ -93,25 +94,24 @@ class _EngineWork:
         self._book.abort_all(reason, self._parts.clock.now_ns())
         self._loop.abandon(reason)
 
-    def submit(self, submissions: Sequence[Submission]) -> list[RequestState]:
+    def submit(self, states: Sequence[RequestState]) -> Sequence[RequestState]:
         """Accept all or none: nothing was planned yet when one is refused."""
-        states: list[RequestState] = []
-        try:
-            for index, submission in enumerate(submissions):
-                where = f"prompt {index}: " if len(submissions) > 1 else ""
-                states.append(self._submit(submission, where))
-        except InvalidRequest:
-            for state in states:
-                self.cancel(state)
-            raise
+        for index, state in enumerate(states):
+            where = f"prompt {index}: " if len(states) > 1 else ""
+            try:
+                self._submit(state, where)
+            except InvalidRequest:
+                for accepted in states[:index]:
+                    self.cancel(accepted)
+                raise
         return states
 
     def cancel(self, state: RequestState) -> None:
         if state.num_live:
             self._loop.cancel(state.request.id)
 
-    def _submit(self, submission: Submission, where: str) -> RequestState:
-        request = submission.request
+    def _submit(self, state: RequestState, where: str) -> None:
+        request = state.request
         if request.id in self._book:
             raise InvalidParameter("request_id", f"{request.id!r} is the id of a live request")
         answer = self._loop.submit(request)
@@ -120,7 +120,7 @@ class _EngineWork:
             if answer.limit_tokens is not None:
                 raise PromptTooLong(where + answer.reason, answer.limit_tokens)
             raise InvalidRequest(where + answer.reason)
-        return self._book.open(submission, self._parts.clock.now_ns())
+        self._book.open(state, self._parts.clock.now_ns())
 
     def _record_gauges(self) -> None:
         scheduler = self._parts.scheduler
@@ -149,8 +149,8 @@ class EngineService:
         self._work = _EngineWork(parts, self._loop, book, self._metrics)
         self._limits = ModelLimits(
             stop_ids=parts.tokenizer.stop_ids,
-            vocab_size=parts.spec.vocab_size,
-            context_tokens=parts.spec.context_tokens,
+            vocab_size=parts.scheduler.config.vocab_size,
+            context_tokens=parts.scheduler.config.context_tokens,
         )
         self._thread.start(self._work)
 
@@ -193,12 +193,17 @@ class EngineService:
             priority=priority,
         )
 
-    def submit(self, submissions: Sequence[Submission]) -> Future[list[RequestState]]:
+    def make_state(self, request: Request, params: SamplingParams, sink: Sink) -> RequestState:
+        """A request ready to be submitted, whose output will go to `sink`."""
+        rules = TextRules(self.parts.tokenizer, params.stop_strings, params.skip_special_tokens)
+        return RequestState(request, rules, sink)
+
+    def submit(self, states: Sequence[RequestState]) -> Submitted:
         """Submit all of them, or none if one is refused, before anything of them runs.
 
         The future raises InvalidParameter, PromptTooLong, InvalidRequest or EngineClosed.
         """
-        return self._thread.call(partial(self._work.submit, submissions))
+        return self._thread.call(partial(self._work.submit, states))
 
     def cancel(self, states: Sequence[RequestState]) -> None:
         """End these requests soon, where they have not ended; never waits."""
@@ -212,12 +217,15 @@ class EngineService:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text of a conversation, special tokens included. Raises TemplateError."""
+        """The prompt text of a conversation, special tokens included.
+
+        Raises TemplateError, and InvalidParameter for messages of the wrong shape.
+        """
         template = self.parts.chat_template
         if template is None:
             name = self.parts.model_name
             raise TemplateError(f"{name} has no chat template: use generate with a plain prompt")
-        return template.render(messages, tools, add_generation_prompt)
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
     def get_stats(self) -> EngineStats:
         """Counters and histograms so far."""
@@ -235,7 +243,7 @@ class EngineService:
         self._thread.stop()
 
 
-def cancel_submitted(service: EngineService, future: Future[list[RequestState]]) -> None:
+def cancel_submitted(service: EngineService, future: Submitted) -> None:
     """End what a submission has started; for a caller that went away before it heard of it."""
     if not future.cancelled() and future.exception() is None:
         service.cancel(future.result())

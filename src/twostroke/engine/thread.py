@@ -103,6 +103,14 @@ class EngineThread:
 
     def _run(self, work: Work) -> None:
         try:
+            self._take_turns(work)
+        finally:
+            # Those who sent a function before the refusal hear from the closed work.
+            while self._sent:
+                self._run_sent()
+
+    def _take_turns(self, work: Work) -> None:
+        try:
             while not self._stopping:
                 self._run_sent()
                 wait_s = work.pump()
@@ -118,13 +126,12 @@ class EngineThread:
             reason = f"the engine's loop failed: {type(error).__name__}: {error}"
             self._refuse(reason)
             work.abandon(reason)
-        # Those who sent a function before the refusal hear from the closed work.
-        self._run_sent()
 
     def _refuse(self, reason: str) -> None:
         with self._guard:
             self._closed_reason = reason
 
     def _run_sent(self) -> None:
-        while self._sent:
+        # Only what is here now: functions that keep coming must not keep the work from its turn.
+        for _ in range(len(self._sent)):
             self._sent.popleft()()
