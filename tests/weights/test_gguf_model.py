@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from model_files import (
     add_sentencepiece,
     make_gguf,
 )
-from twostroke.errors import CorruptModel, UnsupportedModel
+from twostroke.errors import CorruptModel, ModelError, UnsupportedModel
 from twostroke.spec.model import (
     LayerSpec,
     LinearScaling,
@@ -93,6 +94,18 @@ def test_gemma3_slides_on_five_of_six_layers_with_a_base_of_their_own(tmp_path: 
     whole = LayerSpec(RopeSpec(500000.0, LinearScaling(8.0)))
     assert spec.layers == (local,) * 5 + (whole, local)
     assert spec.embed_scale == pytest.approx(math.sqrt(WIDTH))
+
+
+def test_the_gemma3_of_62_layers_alone_scales_by_width_over_heads(tmp_path: Path) -> None:
+    recipe = make_gguf("gemma3")
+    layer = {name: each for name, each in recipe.tensors.items() if name.startswith("blk.0.")}
+    for index in range(62):
+        recipe.tensors |= {
+            name.replace("blk.0", f"blk.{index}"): each for name, each in layer.items()
+        }
+    recipe.set("block_count", U32, 62)
+    spec = read(recipe, tmp_path)
+    assert spec.attention_scale == pytest.approx(1 / math.sqrt(WIDTH // HEADS))
 
 
 def test_gemma3_obeys_the_pattern_and_local_base_a_file_gives(tmp_path: Path) -> None:
@@ -257,6 +270,27 @@ def test_a_value_that_contradicts_is_named(
     recipe.set(name, kind, value)
     with pytest.raises((CorruptModel, UnsupportedModel), match=said):
         read(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_no_type_or_value_of_any_key_escapes_as_another_error(
+    architecture: str, tmp_path: Path
+) -> None:
+    odd = [
+        (U32, 0),
+        (F32, math.nan),
+        (BOOL, True),
+        (STR, ""),
+        (ARRAY, [1], U32),
+        (ARRAY, [""], STR),
+    ]
+    for key in make_gguf(architecture).keys:
+        for value in odd:
+            recipe = make_gguf(architecture)
+            recipe.keys[key] = value
+            path = recipe.write(tmp_path / "model.gguf")
+            with contextlib.suppress(ModelError), open_model(path) as model:
+                assert len(model.vocabulary.tokens) == model.spec.vocab_size
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

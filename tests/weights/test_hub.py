@@ -129,7 +129,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 def test_a_repository_is_fetched_without_what_serving_does_not_need(tmp_path: Path) -> None:
     files = read_folder(make_folder("qwen3").write(tmp_path / "m"))
-    files |= {"pytorch_model.bin": b"pickle", "original/model.safetensors": b"again"}
+    files |= {"pytorch_model.bin": b"pickle", "model/../../x.safetensors": b"astray"}
     hub = FakeHub(files)
     with serve(hub) as endpoint:
         path = Path(pull("acme/tiny", endpoint, tmp_path / "cache"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from model_files import (
     FolderRecipe,
     make_folder,
 )
-from twostroke.errors import CorruptModel, UnknownModel, UnsupportedModel
+from twostroke.errors import CorruptModel, ModelError, UnknownModel, UnsupportedModel
 from twostroke.spec.model import (
     LayerSpec,
     LinearScaling,
@@ -295,6 +297,44 @@ def test_an_unknown_key_that_is_null_changes_nothing(tmp_path: Path) -> None:
     assert spec.family == "llama"
 
 
+# What published models of each family carry beside what the recipes have.
+PUBLISHED = {
+    "llama": {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "pretraining_tp": 1,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "rope_scaling": None,
+    },
+    "mistral": {"attention_dropout": 0.0, "head_dim": None, "transformers_version": "4.42.0"},
+    "qwen2": {"max_window_layers": 21, "use_sliding_window": False, "use_mrope": False},
+    "qwen3": {"sliding_window": None, "max_window_layers": 28, "attention_bias": False},
+    "gemma3_text": {
+        "_sliding_window_pattern": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention"] * LAYERS,
+        "rope_local_base_freq": 10000.0,
+        "use_bidirectional_attention": False,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_published_models_carry_is_understood(model_type: str, tmp_path: Path) -> None:
+    recipe = make_folder(model_type)
+    recipe.config |= PUBLISHED[model_type]
+    if model_type == "mistral":  # then the head size is the width over the heads
+        recipe.config["num_attention_heads"] = WIDTH // HEAD_DIM
+        recipe.config["num_key_value_heads"] = WIDTH // HEAD_DIM
+        for name in [name for name in recipe.tensors if "self_attn" in name]:
+            recipe.tensors[name] = np.zeros((WIDTH, WIDTH), np.float16)
+    assert read(recipe, tmp_path).head_dim == HEAD_DIM
+
+
 CONTRADICTIONS = [
     ({"hidden_size": None}, "'hidden_size' is missing"),
     ({"hidden_size": "wide"}, "'hidden_size' is 'wide'"),
@@ -322,6 +362,20 @@ def test_a_value_that_contradicts_is_named(
         read_config("llama", tmp_path, **config)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_no_value_of_any_key_escapes_as_another_error(model_type: str, tmp_path: Path) -> None:
+    whole = make_folder(model_type)
+    whole.config |= {**PUBLISHED[model_type], "rope_parameters": None, "layer_types": None}
+    folder = whole.write(tmp_path / "m")
+    for key in whole.config:
+        for value in (-1, 0, 1.5, 10**30, math.nan, "x", [], [[]], {}, {"a": {}}, True, None):
+            changed = {**whole.config, key: value}
+            (folder / "config.json").write_text(json.dumps(changed))
+            with contextlib.suppress(ModelError), open_model(folder) as model:
+                assert model.spec.weight_bytes > 0
+                assert model.vocabulary.bos != -1
+
+
 def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
     recipe = make_folder("llama")
     recipe.tensors["model.layers.0.mlp.experts.0.weight"] = np.zeros((4, 4), np.float16)
@@ -347,6 +401,19 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
         open_model(folder)
     with pytest.raises(UnsupportedModel, match=r"pytorch_model\.bin.*convert them"):
         open_model(folder / "pytorch_model.bin")
+
+
+def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(UnsupportedModel, match="neither a regular file nor a folder"):
+        open_model(tmp_path / "pipe.gguf")
+
+
+def test_a_closed_model_gives_nothing_out(tmp_path: Path) -> None:
+    model = open_model(make_folder("llama").write(tmp_path / "m"))
+    model.close()
+    with pytest.raises(ModelError, match="has been closed"):
+        _ = model.tensors
 
 
 def test_folders_that_hold_no_model_say_what_they_lack(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ _FAMILIES = {
     "gemma3_text": _GEMMA3,
     "gemma3": _GEMMA3,
 }
+_MOST_LAYERS = 10_000  # far beyond any model; keeps a lying count from filling memory
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -89,10 +90,11 @@ def read_config(folder: Path) -> ModelSpec:
     if family is None:
         known = ", ".join(_FAMILIES)
         raise UnsupportedModel(f"{path}: model_type is {model_type!r}; supported are {known}")
+    prefix = ""
     if model_type == "gemma3":
-        values = _take_text_config(path, values)
+        values, prefix = _take_text_config(path, values), "text_config."
     _check_keys(path, family, values)
-    return _read_spec(JsonValues(path, {**family.defaults, **values}), family, folder)
+    return _read_spec(JsonValues(path, {**family.defaults, **values}, prefix), family, folder)
 
 
 def _take_text_config(path: Path, outer: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +209,3 @@ def _read_layer_types(config: JsonValues, count: int) -> list[bool]:
         if not isinstance(each, str) or each not in names:
             config.refuse_unsupported("layer_types", f"has {each!r}; known are {', '.join(names)}")
     return [names[each] for each in types]
-
-
-_MOST_LAYERS = 10_000  # far beyond any model; keeps a lying count from filling memory

@@ -49,11 +49,10 @@ def list_files(model: HubModel) -> HubFiles:
     name = model.repository
     with _translated(name):
         info = HfApi().model_info(name, files_metadata=True)
-    wanted = [model.file] if model.file else _WANTED
     found = [
         (each.rfilename, each.size or 0)
         for each in info.siblings or []
-        if any(fnmatch.fnmatchcase(each.rfilename, pattern) for pattern in wanted)
+        if _is_wanted(each.rfilename, model)
     ]
     if model.file and not found:
         raise DownloadFailed(f"{name}: the repository has no file {model.file}")
@@ -61,6 +60,16 @@ def list_files(model: HubModel) -> HubFiles:
         hint = "for one GGUF file of it, say org/name:file.gguf"
         raise DownloadFailed(f"{name}: the repository holds no safetensors model; {hint}")
     return HubFiles(info.sha or "main", tuple(found))
+
+
+def _is_wanted(path: str, model: HubModel) -> bool:
+    """True for the one file asked for, else for the top folder's files that serving needs.
+
+    A path with folders in it is never taken on the hub's word: it could lead out of ours.
+    """
+    if model.file:
+        return path == model.file
+    return "/" not in path and any(fnmatch.fnmatchcase(path, pattern) for pattern in _WANTED)
 
 
 def download(model: HubModel, listed: HubFiles, folder: Path) -> None:

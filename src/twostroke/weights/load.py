@@ -9,34 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Protocol
 
 from twostroke.errors import ModelError, UnknownModel, UnsupportedModel
-from twostroke.spec.model import ModelSpec
 from twostroke.spec.vocabulary import Vocabulary
-from twostroke.weights.gguf_model import read_gguf_model
-from twostroke.weights.safetensors_model import read_safetensors_model
+from twostroke.weights.gguf_model import GGUFModel, read_gguf_model
+from twostroke.weights.safetensors_model import SafetensorsModel, read_safetensors_model
 from twostroke.weights.tensor import HostTensor
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class ModelSource(Protocol):
-    """What the reader of a file format hands over."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
-
-    @property
-    def tensors(self) -> Mapping[str, HostTensor]: ...
-
-    @property
-    def file_bytes(self) -> int: ...
-
-    @property
-    def unused_bytes(self) -> int: ...
-
-    def read_vocabulary(self) -> Vocabulary: ...
+ModelSource = GGUFModel | SafetensorsModel
 
 
 class OpenModel:
@@ -95,8 +78,17 @@ def open_model(path: Path) -> OpenModel:
     UnsupportedModel for anything this engine does not implement; the message names what.
     """
     path = Path(path)
+    try:
+        return OpenModel(path, _read_source(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnknownModel(f"{path}: cannot be read: {reason}") from error
+
+
+def _read_source(path: Path) -> ModelSource:
+    """Let the reader of the path's format read it."""
     if path.is_dir():
-        return OpenModel(path, read_safetensors_model(path))
+        return read_safetensors_model(path)
     if not path.exists():
         raise UnknownModel(f"{path}: there is no such file or folder")
     if path.suffix in _PICKLED:
@@ -105,4 +97,6 @@ def open_model(path: Path) -> OpenModel:
     if path.suffix == ".safetensors":
         hint = "give the folder that holds it, with its config.json"
         raise UnsupportedModel(f"{path}: weights alone do not describe a model; {hint}")
-    return OpenModel(path, read_gguf_model(path))
+    if not path.is_file():
+        raise UnsupportedModel(f"{path}: neither a regular file nor a folder")
+    return read_gguf_model(path)
