@@ -1,0 +1,137 @@
+"""Laws of putting an engine together, over a tiny model file that is written on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model_files import VOCAB, GGUFRecipe, make_gguf
+from twostroke.cli.compose import LLM, build_engine, get_model_name
+from twostroke.cli.limits import cut_prompt, get_stroke_floors, measure_device
+from twostroke.cli.settings import BACKENDS, BLOCK_TOKENS, EngineSettings
+from twostroke.cli.strokes import get_strokes, measure
+from twostroke.cli.summary import format_summary
+from twostroke.engine.params import SamplingParams
+from twostroke.errors import InvalidParameter, PromptTooLong, UnknownModel, UnsupportedModel
+from twostroke.exec import build
+
+PROMPT = [5, 6, 7, 8, 9]
+PARAMS = SamplingParams(max_tokens=7, temperature=1.0, seed=3, ignore_eos=True)
+
+
+def make_recipe(**sizes: int) -> GGUFRecipe:
+    """A llama of two layers that knows forty tokens and 128 positions."""
+    recipe = make_gguf("llama", **sizes)
+    kind, tokens, element = recipe.keys["tokenizer.ggml.tokens"]
+    merged = ["t", "0", "1", "t0", "t1"]
+    recipe.keys["tokenizer.ggml.tokens"] = (kind, merged + tokens[len(merged) :], element)
+    return recipe
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """The recipe, written."""
+    return make_recipe().write(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_file_becomes_an_engine_that_answers(model_file: Path, backend: str) -> None:
+    with LLM(model_file, backend=backend, threads=1) as llm:
+        [output] = llm.generate([PROMPT], PARAMS)
+        streamed = [token for delta in llm.stream(PROMPT, PARAMS) for token in delta.tokens]
+    assert len(output.completions[0].tokens) == 7
+    assert streamed == list(output.completions[0].tokens)
+    assert all(0 <= token < VOCAB for token in streamed)
+
+
+def test_the_engine_has_the_sizes_that_were_settled(model_file: Path) -> None:
+    with LLM(model_file, threads=1, kv_memory="64KiB", step_tokens=16, max_rows=3) as llm:
+        info, settings = llm.built.parts.executor.describe(), llm.built.settings
+        assert (info.num_blocks, info.block_tokens) == (settings.num_blocks, BLOCK_TOKENS)
+        assert (info.kv_bytes, info.max_step_tokens) == (settings.kv_bytes, 16)
+        assert settings.kv_bytes <= 64 * 1024
+
+
+def test_a_pool_smaller_than_the_context_names_the_longest_prompt(model_file: Path) -> None:
+    with LLM(model_file, threads=1, kv_memory=2 * 16 * 512) as llm:
+        with pytest.raises(PromptTooLong) as caught:
+            llm.generate([[5] * 100], PARAMS)
+        assert len(llm.generate([[5] * caught.value.limit_tokens], PARAMS)) == 1
+
+
+def test_closing_twice_does_nothing(model_file: Path) -> None:
+    llm = LLM(model_file, threads=1)
+    llm.close()
+    llm.close()
+
+
+def test_a_broken_template_leaves_the_model_usable(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    recipe.keys["tokenizer.chat_template"] = (recipe.keys["general.name"][0], "{% if %}")
+    broken = recipe.write(tmp_path / "broken.gguf")
+    with LLM(broken, threads=1) as llm:
+        assert llm.built.parts.chat_template is None
+        assert llm.generate([PROMPT], PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error"),
+    [
+        (EngineSettings(model="nowhere"), UnknownModel),
+        (EngineSettings(model="FILE", threads=0), InvalidParameter),
+        (EngineSettings(model="FILE", backend="abacus"), InvalidParameter),
+    ],
+)
+def test_what_cannot_be_built_raises_its_reason(
+    model_file: Path, wanted: EngineSettings, error: type[Exception]
+) -> None:
+    name = str(model_file) if wanted.model == "FILE" else wanted.model
+    with pytest.raises(error):
+        build_engine(EngineSettings(model=name, threads=wanted.threads, backend=wanted.backend))
+
+
+def test_a_head_size_the_kernels_lack_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    odd = make_recipe(head_dim=8).write(tmp_path / "odd.gguf")
+    with pytest.raises(UnsupportedModel, match="--backend reference"):
+        build_engine(EngineSettings(model=str(odd)))
+
+
+def test_backends_are_those_that_can_be_built() -> None:
+    assert BACKENDS == build.BACKENDS
+
+
+def test_a_path_is_served_under_its_last_part(model_file: Path) -> None:
+    assert get_model_name(str(model_file)) == "tiny"
+    assert get_model_name(str(model_file.parent)) == model_file.parent.name
+    assert get_model_name("org/name") == "org/name"
+
+
+def test_the_summary_gives_every_setting_with_its_reason(model_file: Path) -> None:
+    with LLM(model_file, threads=1) as llm:
+        summary = format_summary(llm.built)
+        for choice in llm.built.settings.choices:
+            assert choice.value in summary
+            assert choice.reason in summary
+
+
+def test_both_strokes_have_their_floor(model_file: Path) -> None:
+    with LLM(model_file, threads=1, max_rows=1, step_tokens=2) as llm:
+        before = llm.stats()
+        llm.generate([PROMPT], PARAMS)
+        measured = measure(before, llm.stats())
+        floors = get_stroke_floors(llm.built, measured, measure_device(1))
+    prefill, decode = get_strokes(measured, *floors)
+    assert (prefill.tokens, decode.tokens) == (5, 6)
+    assert prefill.share is not None
+    assert decode.share is not None
+    assert prefill.share > 0
+    assert decode.share > 0
+
+
+def test_a_prompt_is_cut_into_chunks_that_join_up_and_only_the_last_is_sampled() -> None:
+    for prompt_tokens in range(1, 12):
+        rows = cut_prompt(prompt_tokens, 4)
+        assert sum(row.new_tokens for row in rows) == prompt_tokens
+        assert [row.context_before for row in rows] == list(range(0, prompt_tokens, 4))
+        assert [row.sampled for row in rows] == [0] * (len(rows) - 1) + [1]
