@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from twostroke.core.types import TokenLogprob
 from twostroke.engine.outputs import OutputDelta
 from twostroke.errors import InvalidParameter
 from twostroke.server.events import ChunkFrame, dump
@@ -61,14 +60,9 @@ class CompletionChoices:
         self._echo = echo
         self._opened: set[int] = set()
         self._logprobs: dict[int, CompletionLogprobs] = {}
-        # Reported once for a prompt and needed by each of its choices.
-        self._prompt_scores: dict[int, tuple[TokenLogprob, ...]] = {}
 
     def build_choice(self, choice: int, delta: OutputDelta) -> dict[str, Any]:
         """The next fields of `choice`; mutates what is remembered of it."""
-        place = choice // self._submission.params.n
-        if delta.prompt_logprobs:
-            self._prompt_scores[place] = delta.prompt_logprobs
         text, tokens = delta.text, self._pair_output(delta)
         if choice not in self._opened:
             self._opened.add(choice)
@@ -108,7 +102,7 @@ class CompletionChoices:
         parts = [get_bytes(token) for token in self._generation.get_prompt_tokens(choice)]
         overhang = len(b"".join(parts).decode("utf-8", errors="replace")) - len(text)
         self._logprobs[choice] = CompletionLogprobs(get_bytes, max(0, overhang))
-        scores = self._prompt_scores.get(choice // self._submission.params.n, ())
+        scores = self._generation.get_prompt_logprobs(choice)
         return [
             ScoredToken(data, entry) for data, entry in zip(parts, (None, *scores), strict=True)
         ]

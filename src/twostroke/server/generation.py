@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected
+from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected, TokenLogprob
 from twostroke.engine.outputs import OutputDelta
 from twostroke.engine.params import SamplingParams
 from twostroke.errors import (
@@ -95,6 +95,7 @@ class Generation:
         self._n = submission.params.n
         self._prompt_only = submission.prompt_only
         self._emitted = 0
+        self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
     @property
     def num_choices(self) -> int:
@@ -104,6 +105,13 @@ class Generation:
     def get_prompt_tokens(self, choice: int) -> tuple[int, ...]:
         """Token ids of the prompt that `choice` continues."""
         return self._streams[choice // self._n].prompt_tokens
+
+    def get_prompt_logprobs(self, choice: int) -> tuple[TokenLogprob, ...]:
+        """What the model says of that prompt's tokens from the second on, once output has come.
+
+        The engine reports it once for a prompt, with the first delta of any continuation.
+        """
+        return self._prompt_logprobs.get(choice // self._n, ())
 
     def get_usage(self) -> dict[str, Any]:
         """Token counts so far, in OpenAI's shape."""
@@ -179,8 +187,10 @@ class Generation:
         for choice, delta in arrived:
             parts.setdefault(choice, []).append(delta)
         batch = [(choice, _join(deltas)) for choice, deltas in parts.items()]
-        for _, delta in batch:
+        for choice, delta in batch:
             _check_ending(delta.ending)
+            if delta.prompt_logprobs:
+                self._prompt_logprobs[choice // self._n] = delta.prompt_logprobs
         if self._prompt_only:
             return [(choice, _without_output(delta)) for choice, delta in batch]
         self._emitted += sum(len(delta.tokens) for _, delta in batch)
@@ -249,4 +259,4 @@ def _join(deltas: Sequence[OutputDelta]) -> OutputDelta:
 
 def _without_output(delta: OutputDelta) -> OutputDelta:
     ending = None if delta.ending is None else Finished("length")
-    return OutputDelta(delta.index, "", (), prompt_logprobs=delta.prompt_logprobs, ending=ending)
+    return OutputDelta(delta.index, "", (), ending=ending)
