@@ -34,11 +34,11 @@ def draw_request(rng: random.Random, id: str, config: SchedulerConfig) -> Reques
     return Request(
         id=id,
         prompt=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
-        max_new_tokens=rng.choice([1, 2, 5, 12, 1000]),
+        max_new_tokens=rng.choice([1, 2, 5, 12, 1000, 1000]),
         sampling=sampling,
         n=rng.choice([1, 1, 1, 2, 3, 5]),
         stop_tokens=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1, 3]))),
-        min_new_tokens=rng.choice([0, 0, 0, 1]),
+        min_new_tokens=rng.choice([0, 0, 1, 4]),
         prompt_logprobs=rng.choice([None, None, 3]),
         priority=rng.choice([0, 0, 0, -1, 1]),
     )

@@ -5,10 +5,6 @@ Owns the reference counts of the pool's blocks and the block tables of sequences
 that a lost copy can be made again). It is free exactly when it has neither; nothing else decides
 that. Only block ids live here, never KV bytes. A block that two tables list is never written: the
 writer splits off a copy first (copy-on-write).
-
-    references > 0            held by sequences
-    references = 0, pins > 0  waiting for a step in flight to settle
-    both 0                    on the free list
 """
 
 from __future__ import annotations
@@ -17,73 +13,56 @@ from twostroke.core.types import BlockCopy, BlockId
 
 
 class BlockAllocator:
-    """Reference counts and the free list of a pool of `num_blocks` blocks.
+    """Reference counts, pins and the free list of a pool of `num_blocks` blocks; others only read.
 
-    The free list is a stack: a block freed last is the likeliest to be in a cache still, both ends
-    of a Python list's tail are O(1), and at once reusing a block makes a use after free show.
+    references, pins: indexed by block. free: a stack, whose last is taken next: a block freed last
+    is the likeliest to be in a cache still, and reusing it at once makes a use after free show.
     """
 
-    __slots__ = ("_free", "_pins", "_references")
+    __slots__ = ("free", "pins", "references")
 
     def __init__(self, num_blocks: int) -> None:
-        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
-        self._pins = [0] * num_blocks
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool."""
-        return len(self._references)
+        self.free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
+        self.references = [0] * num_blocks
+        self.pins = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
         """Blocks that can be taken now."""
-        return len(self._free)
-
-    def get_references(self, block: BlockId) -> int:
-        """How many tables list `block`."""
-        return self._references[block]
-
-    def get_pins(self, block: BlockId) -> int:
-        """How many steps in flight keep `block` from being reused."""
-        return self._pins[block]
-
-    def get_free(self) -> tuple[BlockId, ...]:
-        """The free blocks; the last is taken next."""
-        return tuple(self._free)
+        return len(self.free)
 
     def take(self) -> BlockId:
         """Take a free block with one reference; there must be one (`num_free`)."""
-        assert self._free, "take from an empty free list: the caller checks num_free first"
-        block = self._free.pop()
-        self._references[block] = 1
+        assert self.free, "take from an empty free list: the caller checks num_free first"
+        block = self.free.pop()
+        self.references[block] = 1
         return block
 
     def share(self, block: BlockId) -> None:
         """Add a reference to a block that is not free."""
-        assert self._references[block] or self._pins[block], f"block {block} is free"
-        self._references[block] += 1
+        assert self.references[block] or self.pins[block], f"block {block} is free"
+        self.references[block] += 1
 
     def drop(self, block: BlockId) -> None:
         """Take one reference away; the block is freed with its last reference and pin."""
-        references = self._references[block] - 1
+        references = self.references[block] - 1
         assert references >= 0, f"block {block} has no reference to drop"
-        self._references[block] = references
-        if not references and not self._pins[block]:
-            self._free.append(block)
+        self.references[block] = references
+        if not references and not self.pins[block]:
+            self.free.append(block)
 
     def pin(self, block: BlockId) -> None:
         """Keep a held block from being reused until `unpin`."""
-        assert self._references[block], f"block {block} is pinned without being held"
-        self._pins[block] += 1
+        assert self.references[block], f"block {block} is pinned without being held"
+        self.pins[block] += 1
 
     def unpin(self, block: BlockId) -> None:
         """Undo one `pin`."""
-        pins = self._pins[block] - 1
+        pins = self.pins[block] - 1
         assert pins >= 0, f"block {block} has no pin to undo"
-        self._pins[block] = pins
-        if not pins and not self._references[block]:
-            self._free.append(block)
+        self.pins[block] = pins
+        if not pins and not self.references[block]:
+            self.free.append(block)
 
 
 class BlockTable:
@@ -111,9 +90,8 @@ class BlockTable:
 
     def is_shared(self, index: int) -> bool:
         """True when entry `index` exists and another table lists the same block."""
-        return index < len(self._blocks) and (
-            self._allocator.get_references(self._blocks[index]) > 1
-        )
+        blocks = self._blocks
+        return index < len(blocks) and self._allocator.references[blocks[index]] > 1
 
     def grow(self, count: int) -> None:
         """Append `count` fresh blocks."""

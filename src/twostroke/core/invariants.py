@@ -27,20 +27,20 @@ def check(scheduler: Scheduler) -> None:
 
 def _collect_sequences(scheduler: Scheduler, placements: list[Placement]) -> list[Sequence]:
     """Every sequence the scheduler remembers, ended ones with rows in flight included."""
-    found = {id(one): one for group in scheduler._groups.values() for one in group.sequences}
+    found = {id(one): one for group in scheduler._roster.groups.values() for one in group.sequences}
     found.update((id(place.sequence), place.sequence) for place in placements)
-    found.update((id(one), one) for one in scheduler._reserved.values())
+    found.update((id(one), one) for one in scheduler._roster.reserved.values())
     return list(found.values())
 
 
 def _check_lines(scheduler: Scheduler, sequences: list[Sequence]) -> None:
-    running = scheduler._running
+    running = scheduler._roster.running
     keys = [one.key for one in running]
     assert keys == sorted(keys), "running: out of policy order"
     assert all(one.state is State.RUNNING for one in running), "running: holds another state"
-    waiting = list(scheduler._waiting)
+    waiting = list(scheduler._roster.waiting)
     assert all(one.state is State.WAITING for one in waiting), "waiting: holds another state"
-    assert len(waiting) == len(scheduler._waiting), "waiting: miscounted"
+    assert len(waiting) == len(scheduler._roster.waiting), "waiting: miscounted"
     for state, line in ((State.RUNNING, running), (State.WAITING, waiting)):
         expected = sorted(one.key for one in sequences if one.state is state)
         assert sorted(one.key for one in line) == expected, f"{state.value}: not those in the line"
@@ -62,17 +62,20 @@ def _check_marks(
             assert one.computed < len(one.tokens), f"{name}: nothing left to compute"
             assert one.rows_in_flight or one.computed == one.planned, f"{name}: planned in no step"
             assert one.rows_in_flight or one.gap > 0, f"{name}: runs without a gap"
-            assert len(one.table) * block_tokens >= one.planned, f"{name}: tokens without a block"
+            num_blocks = -(-one.planned // block_tokens)
+            assert len(one.table) == num_blocks, (
+                f"{name}: more or fewer blocks than its tokens need"
+            )
         elif one.state in (State.WAITING, State.UNBORN):
             assert not len(one.table), f"{name}: holds blocks while {one.state.value}"
             assert one.computed == one.planned == 0, f"{name}: computed without blocks"
         elif one.state is State.ENDED and not one.rows_in_flight:
-            held = scheduler._reserved.get(one.id.request) is one
+            held = scheduler._roster.reserved.get(one.id.request) is one
             assert held or not len(one.table), f"{name}: ended and settled, but holds blocks"
 
 
 def _check_groups(scheduler: Scheduler) -> None:
-    for name, group in scheduler._groups.items():
+    for name, group in scheduler._roster.groups.items():
         live = [one for one in group.sequences if one.state is not State.ENDED]
         unborn = [one for one in live if one.state is State.UNBORN]
         assert group.live == len(live) > 0, f"{name}: live sequences miscounted"
@@ -85,19 +88,18 @@ def _check_groups(scheduler: Scheduler) -> None:
 def _check_blocks(
     scheduler: Scheduler, sequences: list[Sequence], placements: list[Placement]
 ) -> None:
-    allocator = scheduler._allocator
+    allocator = scheduler._roster.allocator
     references: Counter[BlockId] = Counter()
     for one in sequences:
         blocks = one.table.get_blocks()
         assert len(set(blocks)) == len(blocks), f"{one.id}: lists a block twice"
         references.update(blocks)
     pins = Counter(place.source for place in placements if place.source is not None)
-    free = allocator.get_free()
+    free = allocator.free
     assert len(set(free)) == len(free), "blocks: one is free twice"
     listed_free = frozenset(free)
-    for block in range(allocator.num_blocks):
+    for block, counted in enumerate(zip(allocator.references, allocator.pins, strict=True)):
         held = references[block], pins[block]
-        counted = allocator.get_references(block), allocator.get_pins(block)
         assert counted == held, f"block {block}: counts {counted} references and pins, has {held}"
         assert (block in listed_free) == (held == (0, 0)), f"block {block}: leaked, or free in use"
     for place in placements:

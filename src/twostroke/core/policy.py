@@ -10,11 +10,9 @@ that. A policy must be deterministic and must not look at a clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from twostroke.core.types import Request
-from twostroke.errors import InvalidParameter
 
 
 class Policy(Protocol):
@@ -29,13 +27,3 @@ class PriorityThenArrival:
     def rank(self, request: Request, now: int) -> tuple[int, ...]:
         """The priority alone: the scheduler appends the order of arrival."""
         return (request.priority,)
-
-
-_POLICIES: dict[str, Callable[[], Policy]] = {"priority": PriorityThenArrival}
-
-
-def build_policy(name: str) -> Policy:
-    """A fresh policy by its name; raises `InvalidParameter` naming the known ones."""
-    if name not in _POLICIES:
-        raise InvalidParameter("policy", f"{name!r} is unknown; known: {', '.join(_POLICIES)}")
-    return _POLICIES[name]()

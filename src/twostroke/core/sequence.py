@@ -23,8 +23,7 @@ Key = tuple[tuple[int, ...], int, int]  # policy's rank, order of arrival, index
 
 
 class State(enum.Enum):
-    """Where a sequence stands. Only RESERVED and RUNNING sequences hold blocks, and ENDED ones
-    while a row of theirs is in flight or their reserved blocks are being written."""
+    """Where a sequence stands (see roster.py)."""
 
     UNBORN = "unborn"  # shares the request's sequence that computes the prompt, until the fork
     WAITING = "waiting"
@@ -87,6 +86,11 @@ class Sequence:
         """
         return len(self.tokens) - (1 if self.group.unborn else 0) - self.planned
 
+    @property
+    def is_scored(self) -> bool:
+        """True when log-probabilities of the prompt are wanted; sequence 0 reports them."""
+        return self.group.request.prompt_logprobs is not None and self.id.index == 0
+
     def get_chunk(self, limit: int) -> int:
         """Tokens of the next row: the gap, cut to `limit` and to an edge of prompt scoring.
 
@@ -94,8 +98,8 @@ class Sequence:
         the first position that has not been scored.
         """
         count = min(self.gap, limit)
-        request, edge = self.group.request, self.group.scored_planned
-        if request.prompt_logprobs is not None and self.planned < edge < len(request.prompt) - 1:
+        edge = self.group.scored_planned
+        if self.is_scored and self.planned < edge < len(self.group.request.prompt) - 1:
             count = min(count, edge - self.planned)
         return count
 
@@ -105,7 +109,7 @@ class Sequence:
         request = group.request
         samples = end == len(self.tokens)
         shows_history = samples and group.needs_history
-        scores = request.prompt_logprobs is not None and start == group.scored_planned
+        scores = self.is_scored and start == group.scored_planned
         return Row(
             self.id,
             tuple(self.tokens[start:end]),

@@ -67,14 +67,11 @@ class StepDraft:
         """
         if self._candidates is None:
             self._candidates = list(running)
-        candidates = self._candidates
-        while candidates and (
-            candidates[-1].rows_in_flight or candidates[-1].state is not State.RUNNING
-        ):
-            candidates.pop()
-        if not candidates or candidates[-1].key <= needy.key:
-            return None
-        return candidates.pop()
+        while self._candidates and self._candidates[-1].key > needy.key:
+            candidate = self._candidates.pop()
+            if candidate.state is State.RUNNING and not candidate.rows_in_flight:
+                return candidate
+        return None
 
     def build(self, step: int) -> StepPlan:
         """The finished plan."""
