@@ -40,7 +40,7 @@ TEXT_FILES = sorted(
 # The outermost frame of a loop answers for whatever happens inside it; nothing else may catch
 # everything. "path: function" -> why.
 OUTERMOST_LOOPS = {
-    "src/twostroke/engine/thread.py: _run": "the engine's thread: who waits must hear that it died",
+    "src/twostroke/engine/thread.py: _take_turns": "the engine's thread: who waits must hear that it died",
     "src/twostroke/exec/local.py: _work": "the executor's thread: every plan is answered",
     "src/twostroke/server/errors.py: __call__": "one HTTP request: it is answered, never dropped",
 }
