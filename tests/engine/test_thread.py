@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -140,3 +141,31 @@ def test_the_thread_may_stop_itself(thread: EngineThread, work: CountingWork) ->
     thread.call(thread.stop).result(10)
     thread.stop()
     assert work.calls == ["close"]
+
+
+def test_a_finaliser_may_send_from_inside_any_allocation(thread: EngineThread) -> None:
+    ran: list[int] = []
+
+    class Garbage:
+        """Part of a cycle, so that only the collector finalises it, wherever that runs."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            thread.post(lambda: ran.append(1))
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(300):
+            Garbage()
+            thread.post(Garbage)
+            thread.wake()
+    finally:
+        gc.set_threshold(*thresholds)
+    for _ in range(2):
+        thread.call(lambda: None).result(10)
+        gc.collect()
+    thread.stop()
+    assert len(ran) == 600

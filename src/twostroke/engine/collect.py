@@ -50,9 +50,11 @@ class Collector:
 
     @property
     def is_done(self) -> bool:
+        """True when every request has ended."""
         return self._done == len(self.collected)
 
     def take(self, request: int, deltas: Sequence[OutputDelta], ended: bool) -> None:
+        """The sink of the request at this place of the call."""
         for delta in deltas:
             into = self.collected[request][delta.index]
             into.text.append(delta.text)
@@ -65,6 +67,7 @@ class Collector:
         self.changed.set()
 
     def get_progress(self) -> Progress:
+        """How far the call has come."""
         return Progress(self._done, len(self.collected), self._generated_tokens)
 
 
@@ -123,6 +126,7 @@ class DeltaStream:
 
 
 def build_output(prompt: Prompt, state: RequestState, collected: list[_Collected]) -> RequestOutput:
+    """The finished request that `collected` holds, one entry a continuation, all ended."""
     completions = []
     for index, one in enumerate(collected):
         assert one.ending is not None, f"{state.request.id}: continuation {index} has no ending"
@@ -141,6 +145,7 @@ def build_output(prompt: Prompt, state: RequestState, collected: list[_Collected
 
 
 def raise_failed(outputs: list[RequestOutput]) -> None:
+    """Raise RequestFailed for the first continuation that the engine could not finish."""
     for index, output in enumerate(outputs):
         for completion in output.completions:
             if isinstance(completion.ending, Failed):

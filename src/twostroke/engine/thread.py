@@ -8,6 +8,7 @@ function sent is either run or refused with EngineClosed, also after the thread 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -38,9 +39,10 @@ class EngineThread:
     """Runs `work` and the functions sent to it, one at a time, on a thread of its own."""
 
     def __init__(self) -> None:
-        self._wakeup = threading.Event()
-        self._sent: deque[Callable[[], None]] = deque()
-        self._guard = threading.Lock()  # of `_sent` against the end of the thread
+        # Not the obvious deque with a lock and a condition: a finaliser of a dropped stream sends
+        # too, and may run inside any allocation, also one made under that lock.
+        # `SimpleQueue.put` is reentrant.
+        self._sent: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed_reason: str | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -59,7 +61,7 @@ class EngineThread:
 
     def wake(self) -> None:
         """Have `pump` called soon; from any thread."""
-        self._wakeup.set()
+        self._sent.put(_do_nothing)
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Run `function` on the thread, in order of sending; the future has what it returns."""
@@ -94,44 +96,53 @@ class EngineThread:
             self._thread.join()
 
     def _send(self, function: Callable[[], None]) -> bool:
-        with self._guard:
-            if self._closed_reason is not None:
-                return False
-            self._sent.append(function)
-        self.wake()
+        if self._closed_reason is not None:
+            return False
+        self._sent.put(function)
+        if self._closed_reason is not None:
+            # The thread ended in between and may not have seen it. All it can do is be refused.
+            _run_all(self._take_sent(0))
         return True
 
     def _run(self, work: Work) -> None:
-        try:
-            self._take_turns(work)
-        finally:
-            # Those who sent a function before the refusal hear from the closed work.
-            while self._sent:
-                self._run_sent()
-
-    def _take_turns(self, work: Work) -> None:
+        reason = "the engine was closed"
+        taken: deque[Callable[[], None]] = deque()
         try:
             while not self._stopping:
-                self._run_sent()
-                wait_s = work.pump()
-                # What arrived since then has set the event again; what arrives between the next
-                # two lines is taken in by the next turn.
-                self._wakeup.wait(wait_s)
-                self._wakeup.clear()
-            self._run_sent()
+                _run_all(taken)
+                taken = self._take_sent(work.pump())
+            _run_all(taken)
             work.close()
-            self._refuse("the engine was closed")
         except Exception as error:  # the outermost frame of the loop
             logging.getLogger(__name__).exception("the engine's loop failed")
             reason = f"the engine's loop failed: {type(error).__name__}: {error}"
-            self._refuse(reason)
             work.abandon(reason)
-
-    def _refuse(self, reason: str) -> None:
-        with self._guard:
+        finally:
             self._closed_reason = reason
+            # What was sent before that line is now refused by the closed work.
+            _run_all(taken)
+            _run_all(self._take_sent(0))
 
-    def _run_sent(self) -> None:
-        # Only what is here now: functions that keep coming must not keep the work from its turn.
-        for _ in range(len(self._sent)):
-            self._sent.popleft()()
+    def _take_sent(self, wait_s: float | None) -> deque[Callable[[], None]]:
+        """What is there now, or once the first has come.
+
+        No more than that: functions that keep coming must not keep the work from its turn.
+        """
+        taken: deque[Callable[[], None]] = deque()
+        try:
+            taken.append(self._sent.get(timeout=wait_s))
+            for _ in range(self._sent.qsize()):
+                taken.append(self._sent.get_nowait())
+        except queue.Empty:
+            return taken
+        return taken
+
+
+def _run_all(functions: deque[Callable[[], None]]) -> None:
+    """Run them in order, each taken out first: one that raises leaves those behind it."""
+    while functions:
+        functions.popleft()()
+
+
+def _do_nothing() -> None:
+    """Sent to wake the thread."""
