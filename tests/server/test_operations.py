@@ -21,7 +21,7 @@ from loopback import Running, run_server
 from scripted_llm import MODEL, ScriptedLLM
 from twostroke.engine.outputs import RequestTimings
 from twostroke.errors import InvalidParameter
-from twostroke.server.serve import ServeOptions, run
+from twostroke.server.serve import ServeOptions, listen, run
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -105,6 +105,17 @@ def test_a_port_in_use_is_named_and_the_engine_closed() -> None:
     assert engine.closed_times == 1
 
 
+def test_a_host_nobody_has_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="cannot listen on 192.0.2.1"):
+        run(ScriptedLLM(), ServeOptions(host="192.0.2.1", port=0))  # type: ignore[arg-type]
+
+
+def test_small_writes_are_not_delayed() -> None:
+    # asyncio turns the delay off on connections whose listener says that it is TCP.
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_port_out_of_range_is_refused() -> None:
     with pytest.raises(InvalidParameter, match="port"):
         run(ScriptedLLM(), ServeOptions(port=65536))  # type: ignore[arg-type]
@@ -130,7 +141,7 @@ SERVE = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
 from scripted_llm import ScriptedLLM
-from twostroke.server.serve import ServeOptions, run
+from twostroke.server.serve import ServeOptions, listen, run
 
 engine = ScriptedLLM()
 run(engine, ServeOptions(port=0), lambda host, port: print(port, flush=True))

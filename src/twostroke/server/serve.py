@@ -64,7 +64,7 @@ async def serve(
     """As `run`, within a running loop; `stop` ends it as a signal does."""
     stop = stop or asyncio.Event()
     try:
-        with _listen(options.host, options.port) as listener, _stop_on_signals(stop):
+        with listen(options.host, options.port) as listener, _stop_on_signals(stop):
             server = uvicorn.Server(_configure(engine, options))
             stopper = asyncio.ensure_future(_stop(server, engine, stop, options.grace_s))
             try:
@@ -101,17 +101,34 @@ async def _stop(
     await asyncio.to_thread(engine.close)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket: connections queue from now on, also before the loop accepts them."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket: connections queue from now on, also before the loop accepts them.
+
+    Raises: InvalidParameter naming the address when it cannot be had.
+    """
     if not 0 <= port <= 65535:
         raise InvalidParameter("port", f"must be from 0 to 65535, not {port}")
     try:
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        # The protocol must be named: asyncio turns off the kernel's delay of small writes only on
+        # sockets that say they are TCP, and with it each event of a stream may wait 40 ms.
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise InvalidParameter("port", f"cannot listen on {host}:{port}: {error}") from None
+        raise _cannot_listen(host, port, error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from None
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> InvalidParameter:
+    return InvalidParameter("port", f"cannot listen on {host}:{port}: {error.strerror or error}")
 
 
 @contextlib.contextmanager
