@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from scripted_llm import ScriptedLLM
 from twostroke.server.serve import ServeOptions, serve
@@ -31,7 +31,8 @@ def run_server(engine: Any, settings: ServerSettings | None = None) -> Iterator[
     """Serve `engine` from a thread; yields the base URL, and closes server and engine."""
     options = ServeOptions(port=0, settings=settings or ServerSettings(), grace_s=0.2)
     address: list[str] = []
-    ready, box = threading.Event(), cast(list[Any], [])
+    ready = threading.Event()
+    box: list[Any] = []
 
     async def main() -> None:
         stop = asyncio.Event()

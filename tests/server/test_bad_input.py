@@ -36,13 +36,13 @@ class Row:
     headers: dict[str, str] = field(default_factory=lambda: JSON)
 
 
-def completion(name: str, param: str | None = None, code: str | None = None, **fields: Any) -> Row:
+def completion(name: str, param: Any = None, code: Any = None, **fields: Any) -> Row:
     """A completion that is right but for `fields`."""
     body = {"model": MODEL, "prompt": "a", **fields}
     return Row(name, COMPLETIONS, json.dumps(body).encode(), param=param, code=code)
 
 
-def chat(name: str, param: str | None = None, code: str | None = None, **fields: Any) -> Row:
+def chat(name: str, param: Any = None, code: Any = None, **fields: Any) -> Row:
     """A chat completion that is right but for `fields`."""
     body = {"model": MODEL, "messages": HELLO, **fields}
     return Row(name, CHAT, json.dumps(body).encode(), param=param, code=code)
@@ -110,10 +110,8 @@ PARAMETERS = [
         "model": (7, ["a"]),
         "max_token": (5,),
         "guided_json": ({"type": "object"},),
-        "a" * 5000: (1,),
     }.items()
     for value in values
-    if name != "a" * 5000
 ] + [
     completion("stream options without stream", "stream_options", stream_options={}),
     completion(

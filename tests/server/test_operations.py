@@ -106,7 +106,7 @@ def test_a_port_in_use_is_named_and_the_engine_closed() -> None:
 
 
 def test_a_host_nobody_has_is_refused() -> None:
-    with pytest.raises(InvalidParameter, match="cannot listen on 192.0.2.1"):
+    with pytest.raises(InvalidParameter, match=r"cannot listen on 192\.0\.2\.1"):
         run(ScriptedLLM(), ServeOptions(host="192.0.2.1", port=0))  # type: ignore[arg-type]
 
 
