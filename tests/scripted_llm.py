@@ -47,6 +47,8 @@ class ScriptedHealth:
 
     alive: bool
     reason: str | None
+    live: int
+    stalled_s: float = 0.0
 
 
 class ByteTokenizer:
@@ -197,7 +199,7 @@ class ScriptedLLM:
         return self.metrics.get_stats()
 
     def health(self) -> ScriptedHealth:
-        return ScriptedHealth(self.dead is None, self.dead)
+        return ScriptedHealth(self.dead is None, self.dead, len(self.live))
 
     def close(self) -> None:
         self.closed_times += 1

@@ -118,6 +118,7 @@ PARAMETERS = [
         "stream options unknown", "stream_options.x", stream=True, stream_options={"x": True}
     ),
     completion("a very long name", **{"a" * 5000: 1}),
+    completion("a very long key", "logit_bias", logit_bias={"a" * 5000: "b"}),
 ]
 
 CHATS = [
@@ -213,6 +214,8 @@ ROUTES = [
             ("POST", "/health", 405),
             ("POST", "/metrics", 405),
             ("GET", "/", 404),
+            ("GET", "/" + "a" * 5000, 404),
+            ("GET", "/v1/models/" + "a" * 5000, 404),
             ("GET", "/v1/models/nobody", 404),
             ("GET", "/v1/models/", 404),
             ("GET", "/v1/models/a%2Fb%00", 404),

@@ -34,7 +34,9 @@ def scrape(http: httpx.Client) -> dict[str, Metric]:
 
 
 def test_health_follows_the_engine(server: Running, http: httpx.Client) -> None:
-    assert http.get("/health").status_code == 200
+    reply = http.get("/health")
+    assert reply.status_code == 200
+    assert reply.json() == {"status": "ok", "live": 0, "stalled_s": 0.0}
     server.engine.dead = "its executor died three times"
     reply = http.get("/health")
     assert reply.status_code == 503

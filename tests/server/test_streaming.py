@@ -68,7 +68,12 @@ def test_output_that_waited_together_is_sent_together(server: Running, http: htt
 @pytest.mark.parametrize("stroke", ["prefill", "decode"])
 @pytest.mark.parametrize("choices", [1, 3])
 def test_a_client_that_goes_frees_its_request(
-    server: Running, path: str, stream: bool, stroke: str, choices: int
+    server: Running,
+    path: str,
+    stream: bool,
+    stroke: str,
+    choices: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     gate = server.engine.gate if stroke == "prefill" else server.engine.step_gate
     gate.clear()
@@ -81,6 +86,20 @@ def test_a_client_that_goes_frees_its_request(
         while stream and stroke == "decode" and b"data: " not in received:
             received += connection.recv(65536)
     wait_until(lambda: not server.engine.live)
+    assert caplog.records == []
+
+
+def test_a_client_that_goes_before_its_request_is_whole_disturbs_nobody(
+    server: Running, http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f'{head}content-length: 100\r\n\r\n{{"model'.encode())
+        assert http.get("/health").status_code == 200
+    for _ in range(3):
+        assert http.get("/health").status_code == 200
+    assert caplog.records == []
 
 
 def test_the_official_client_may_leave_a_stream(

@@ -7,6 +7,7 @@ stream or a whole reply, always beside a watch on the client's connection.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,10 @@ class _Api:
         parsed = parse_chat_request(body)
         self._served.check_model(parsed.common.model)
         head = self._build_head("chatcmpl", parsed.common.model)
-        submission = build_chat_submission(self._served, parsed, head["id"])
+        # A template runs for as long as the messages make it; other streams must not wait for it.
+        submission = await asyncio.to_thread(
+            build_chat_submission, self._served, parsed, head["id"]
+        )
         generation = await run_while_connected(
             request.receive, submit(self._served.engine, submission)
         )
@@ -106,7 +110,7 @@ class _Api:
         health = self._served.engine.health()
         if not health.alive:
             raise EngineClosed(f"the engine is dead: {health.reason}")
-        return _reply({"status": "ok"})
+        return _reply({"status": "ok", "live": health.live, "stalled_s": health.stalled_s})
 
     async def get_metrics(self) -> Response:
         return Response(render_metrics(self._collector), media_type=CONTENT_TYPE)

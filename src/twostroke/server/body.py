@@ -25,7 +25,14 @@ MAX_INTEGER = 2**64 - 1
 # data resets it, and the client would see the reset in place of the refusal.
 DRAIN_FACTOR = 8
 
+MAX_SHOWN_CHARS = 64
+
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def shorten(text: str) -> str:
+    """Words of a client, short enough to be sent back in an error."""
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -38,7 +45,7 @@ async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
     if kind != "application/json":
         # A browser sends any other type across origins without asking, so this also keeps
         # foreign pages from using a server on the loopback interface.
-        sent = f"not {kind!r}" if kind else "and none was sent"
+        sent = f"not {shorten(kind)!r}" if kind else "and none was sent"
         raise HTTPException(415, f"the content-type must be application/json, {sent}")
     return parse_json_object(await _read_bytes(request, max_bytes))
 

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,6 +32,7 @@ from twostroke.errors import (
     TwostrokeError,
     UnknownModel,
 )
+from twostroke.server.body import shorten
 from twostroke.server.connection import ClientGone
 
 logger = logging.getLogger("twostroke.server")
@@ -39,7 +40,12 @@ logger = logging.getLogger("twostroke.server")
 EVENT_STREAM = "text/event-stream"
 CLIENT_GONE_STATUS = 499  # nobody reads it: the connection is closed
 
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ def get_request_id(request: Request) -> str:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return Response(status_code=CLIENT_GONE_STATUS)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, _name_route(request, error), error.headers)
@@ -131,7 +137,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def _name_route(request: Request, error: HTTPException) -> str:
-    path = request.url.path
+    path = shorten(request.url.path)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return f"{request.method} is not allowed on {path}; use {allowed}"
@@ -181,6 +187,12 @@ class ErrorBoundary:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Give `app` the error shape for every refusal; mutates it."""
-    for kind in (TwostrokeError, HTTPException, RequestValidationError, ClientGone):
+    for kind in (
+        TwostrokeError,
+        HTTPException,
+        RequestValidationError,
+        ClientGone,
+        ClientDisconnect,
+    ):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(ErrorBoundary)

@@ -95,6 +95,7 @@ class Generation:
         self._n = submission.params.n
         self._prompt_only = submission.prompt_only
         self._emitted = 0
+        self._is_over = False
         self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
     @property
@@ -125,7 +126,10 @@ class Generation:
         }
 
     def cancel(self) -> None:
-        """End every continuation that still runs; harmless after the end."""
+        """End every continuation that still runs; does nothing after the end."""
+        if self._is_over:
+            return
+        self._is_over = True
         for stream in self._streams:
             stream.cancel()
 
@@ -166,6 +170,7 @@ class Generation:
                     if pump.done():
                         pump.result()
                 if finished:
+                    self._is_over = True
                     return
                 await wake.wait()
         finally:

@@ -22,7 +22,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from twostroke.errors import InvalidParameter, InvalidRequest
+from twostroke.errors import InvalidParameter
+from twostroke.server.body import shorten
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -208,7 +209,7 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     _check_tools(request.own)
     if not request.own.messages:
         raise InvalidParameter("messages", "is empty; send at least one message")
-    if request.own.top_logprobs is not None and not request.own.logprobs:
+    if request.own.top_logprobs and not request.own.logprobs:
         raise InvalidParameter("top_logprobs", "needs logprobs to be true")
     for place, message in enumerate(request.own.messages):
         if message.content is None and not message.tool_calls:
@@ -260,7 +261,7 @@ def _split(body: Mapping[str, Any], own: type[BaseModel]) -> tuple[dict[str, Any
 
 
 def _refuse_name(name: str, known: list[str]) -> None:
-    shown = name if len(name) <= 64 else f"{name[:64]}…"
+    shown = shorten(name)
     close = difflib.get_close_matches(shown, known, n=1, cutoff=0.75)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise InvalidParameter(shown, f"is not a field this server implements{hint}")
@@ -274,17 +275,15 @@ def _validate(model: type[Model], fields: dict[str, Any]) -> Model:
         raise _describe(first["loc"], first["type"], first["msg"]) from None
 
 
-def _describe(loc: tuple[int | str, ...], kind: str, message: str) -> InvalidRequest:
+def _describe(loc: tuple[int | str, ...], kind: str, message: str) -> InvalidParameter:
     """pydantic's place and words as ours; a union's branches are left out of the place."""
-    for end, part in enumerate(loc):
-        if part in _UNION_HINTS:
-            place = ".".join(str(each) for each in loc[: end + 1])
-            if kind == "missing" and end + 1 == len(loc):
-                return InvalidParameter(place, "is missing")
-            return InvalidParameter(place, _UNION_HINTS[str(part)])
-    place = ".".join(str(each) for each in loc)
+    words = message[0].lower() + message[1:]
     if kind == "missing":
-        return InvalidParameter(place, "is missing")
+        words = "is missing"
     if kind == "extra_forbidden":
-        return InvalidParameter(place, "is not a field this server implements")
-    return InvalidParameter(place, message[0].lower() + message[1:])
+        words = "is not a field this server implements"
+    for end, part in enumerate(loc):
+        if part in _UNION_HINTS and not (kind == "missing" and end + 1 == len(loc)):
+            loc, words = loc[: end + 1], _UNION_HINTS[str(part)]
+            break
+    return InvalidParameter(".".join(shorten(str(each)) for each in loc), words)

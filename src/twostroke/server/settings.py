@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from twostroke.errors import UnknownModel
+from twostroke.server.body import shorten
 
 if TYPE_CHECKING:
     from twostroke.engine.async_llm import AsyncLLM
@@ -40,8 +41,9 @@ class Served:
     def check_model(self, name: str) -> None:
         """Raises UnknownModel unless `name` is served here."""
         if name not in self.names:
-            shown = name if len(name) <= 64 else f"{name[:64]}…"
-            raise UnknownModel(f"the model {shown!r} is not served here; use {self.names[0]!r}")
+            raise UnknownModel(
+                f"the model {shorten(name)!r} is not served here; use {self.names[0]!r}"
+            )
 
 
 def describe_served(engine: AsyncLLM, settings: ServerSettings) -> Served:
