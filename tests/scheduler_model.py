@@ -13,6 +13,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twostroke.core.invariants import check
 from twostroke.core.policy import Policy
@@ -40,7 +41,6 @@ from twostroke.core.types import (
     Update,
 )
 from twostroke.errors import InvalidParameter
-
 
 MODULUS = (1 << 61) - 1
 GARBAGE = -1
@@ -353,3 +353,16 @@ class Driver:
             assert update.prompt_scored == ()
         told.tokens.extend(update.tokens)
         extend_chain(told.chain, update.tokens)
+
+
+def build_driver(**sizes: int) -> Driver:
+    """A driver with roomy sizes but for those given."""
+    defaults = {"num_blocks": 64, "block_tokens": 4, "step_tokens": 64, "max_rows": 16}
+    config = {**defaults, "context_tokens": 128, "vocab_size": 1000, **sizes}
+    return Driver(SchedulerConfig(**config))
+
+
+def build_request(id: str, prompt_tokens: int, max_new_tokens: int = 4, **rest: Any) -> Request:
+    """A request whose prompt is told from others' by its id."""
+    prompt = tuple((sum(id.encode()) * 31 + place) % 1000 for place in range(prompt_tokens))
+    return Request(id, prompt, max_new_tokens, **rest)

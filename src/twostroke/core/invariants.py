@@ -68,7 +68,7 @@ def _check_marks(
             )
         elif one.state in (State.WAITING, State.UNBORN):
             assert not len(one.table), f"{name}: holds blocks while {one.state.value}"
-            assert one.computed == one.planned == 0, f"{name}: computed without blocks"
+            assert one.planned == one.rows_in_flight == 0, f"{name}: in flight without blocks"
         elif one.state is State.ENDED and not one.rows_in_flight:
             held = scheduler._roster.reserved.get(one.id.request) is one
             assert held or not len(one.table), f"{name}: ended and settled, but holds blocks"

@@ -11,8 +11,8 @@ newcomers, both in policy order, in the same step.
 - Admission from the waiting line is strict: if its head does not fit, nobody behind it is tried.
   Small requests overtaking a large one would starve it for as long as they keep coming.
 - The head is admitted when the free blocks cover all its known tokens, what running sequences
-  still need for theirs, and one spare block for each of those. So admitted prompts do not collide
-  half-way, and a sequence just preempted does not return only to be preempted again.
+  still need for theirs, and one spare block for each of these and itself. So admitted prompts do
+  not collide half-way, and a preempted sequence does not return only to be preempted again.
 - A running sequence that gets no block preempts the last running one behind it that has no row in
   flight; if there is none it keeps its blocks and sits this step out. The first in policy order is
   therefore never preempted and always proceeds, so everything ends.
