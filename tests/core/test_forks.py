@@ -109,11 +109,12 @@ def test_a_lost_copy_is_planned_again_from_the_same_source() -> None:
     driver.drain()
 
 
-def test_the_source_of_a_copy_in_flight_is_not_reused() -> None:
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_the_source_of_a_copy_in_flight_is_not_reused(cancelled: int) -> None:
     driver = build_driver(num_blocks=16, block_tokens=4)
     fork(driver, 10, 2)
     source = plan(driver).copies[0].source
-    driver.cancel("a", 1)
+    driver.cancel("a", cancelled)
     driver.submit(build_request("b", 20))
     assert all(source not in row.blocks for row in plan(driver).rows)
     driver.lose(0, [2, 2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 
@@ -24,11 +25,10 @@ SEED = 20
 def test_random_runs_hold_every_invariant_and_end() -> None:
     preemptions = copies = ignored = 0
     for seed in range(NUM_RUNS):
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(print, f"failing seed: {seed}")
             driver = run_random(seed)
-        except BaseException:
-            print(f"failing seed: {seed}")
-            raise
+            on_failure.pop_all()
         preemptions += driver.scheduler.num_preemptions
         ignored += driver.scheduler.num_ignored_results
         copies += sum(len(plan.copies) for plan in driver.plans)

@@ -70,9 +70,19 @@ def test_a_step_has_no_more_rows_than_allowed() -> None:
     driver = build_driver(max_rows=3)
     for number in range(7):
         driver.submit(build_request(f"r{number}", 2))
-    assert len(step(driver)) == 3
-    assert driver.scheduler.num_running == 3
+    assert [len(step(driver)) for _ in range(3)] == [3, 3, 3]
     driver.drain()
+
+
+def test_nobody_runs_without_a_row_in_the_step() -> None:
+    for sizes in ({"max_rows": 3}, {"step_tokens": 3}):
+        driver = build_driver(**sizes)
+        for number in range(7):
+            driver.submit(build_request(f"r{number}", 1, 9))
+        for _ in range(4):
+            step(driver)
+        assert driver.scheduler.num_running == 3
+        driver.drain()
 
 
 def test_nobody_overtakes_a_head_of_line_that_does_not_fit() -> None:
@@ -95,6 +105,39 @@ def test_a_newcomer_leaves_a_spare_block_to_each_running_sequence() -> None:
     driver.submit(build_request("c", 1, priority=-1))
     assert step(driver) == [("a", 1), ("c", 1)]
     driver.drain()
+
+
+def test_a_newcomer_leaves_prompts_under_way_the_blocks_they_will_need() -> None:
+    driver = build_driver(num_blocks=8, block_tokens=4, step_tokens=8)
+    driver.submit(build_request("long", 24))
+    step(driver)
+    driver.submit(build_request("soon", 4, priority=-1))
+    assert step(driver) == [("long", 8)]
+    driver.drain()
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_a_newcomer_leaves_a_block_to_each_continuation_yet_to_be_forked() -> None:
+    driver = build_driver(num_blocks=9, block_tokens=4, step_tokens=8)
+    driver.submit(build_request("forking", 15, 1, n=4))
+    step(driver)
+    driver.submit(build_request("soon", 4, priority=-1))
+    assert step(driver) == [("forking", 6)]
+    assert len(step(driver)) == 4
+    driver.drain()
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_cancelled_waiters_leave_the_order_of_the_others() -> None:
+    driver = build_driver(max_rows=1)
+    for number in range(300):
+        driver.submit(build_request(f"r{number}", 2, 1))
+    for number in range(300):
+        if number % 50:
+            driver.cancel(f"r{number}")
+    assert driver.scheduler.num_waiting == 6
+    served = [step(driver)[0][0] for _ in range(6)]
+    assert served == [f"r{number}" for number in range(0, 300, 50)]
 
 
 def test_history_is_given_only_where_sampling_needs_it() -> None:
@@ -154,19 +197,27 @@ def test_prompt_scores_come_once_and_whole_over_chunks() -> None:
 
 
 def test_positions_scored_before_a_preemption_are_not_scored_again() -> None:
-    driver = build_driver(num_blocks=14, block_tokens=1, step_tokens=3)
-    driver.submit(build_request("old", 2, 9))
+    driver = build_driver(num_blocks=18, block_tokens=1, step_tokens=3)
+    driver.submit(build_request("old", 2, 12))
     step(driver)
-    driver.submit(build_request("new", 9, prompt_logprobs=0))
+    driver.submit(build_request("new", 12, prompt_logprobs=0))
     rows = []
     while driver.get_live():
         rows += [row for row in plan(driver).rows if row.sequence.request == "new"]
         driver.commit()
-    starts = [row.start for row in rows]
-    assert driver.scheduler.num_preemptions > 0
-    assert starts.count(0) == 2, "preempted in the middle of its prompt, it starts again"
-    prompt = build_request("new", 9).prompt
+    prompt = build_request("new", 12).prompt
     assert tuple(token for row in rows for token in row.scored) == prompt[1:]
+    restart = [row.start for row in rows].index(0, 1)
+    edge = sum(len(row.scored) for row in rows[:restart])
+    # Recomputed in other chunks than before, cut where scoring goes on.
+    assert edge % 3 == 1
+    assert [(row.start, len(row.scored)) for row in rows[restart : restart + 5]] == [
+        (0, 0),
+        (3, 0),
+        (6, 0),
+        (9, 0),
+        (10, 1),
+    ]
 
 
 def test_counts_and_views_follow_a_request() -> None:

@@ -78,10 +78,9 @@ def test_a_preempted_sequence_does_not_come_back_to_be_preempted_again() -> None
 def test_a_sequence_with_a_row_in_flight_is_never_preempted() -> None:
     # One token a step and two steps in flight: the two sequences take turns, so that whenever the
     # first needs a block the second has a row in flight, until both rows have settled.
-    driver = crowd({"a": 3, "b": 3}, num_blocks=4, block_tokens=4, step_tokens=1)
-    driver.plan()
-    driver.reserve("b", 2)
-    driver.attach("b")
+    driver = crowd({"a": 11, "b": 3}, num_blocks=6, block_tokens=4, step_tokens=1)
+    driver.reserve("a", 10)
+    driver.attach("a")
     waits = 0
     while not driver.scheduler.num_preemptions:
         in_flight = [row.sequence.request for step in driver.flights for row in step.plan.rows]

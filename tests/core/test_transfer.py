@@ -122,6 +122,19 @@ def test_a_released_request_is_forgotten_without_a_word() -> None:
     assert driver.scheduler.counts["released"] == 1
 
 
+def test_nothing_is_said_of_a_request_after_its_release() -> None:
+    driver = build_driver(num_blocks=4, block_tokens=4)
+    driver.submit(build_request("a", 4, 12))
+    driver.submit(build_request("b", 3, 12))
+    while not driver.scheduler.num_preemptions:
+        driver.plan()
+        if not driver.scheduler.num_preemptions:
+            driver.commit()
+    driver.release("b")
+    assert all(update.sequence.request == "a" for update in driver.commit())
+    driver.drain()
+
+
 def test_release_waits_for_rows_in_flight() -> None:
     driver = build_driver()
     driver.submit(build_request("a", 10))

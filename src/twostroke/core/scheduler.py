@@ -284,11 +284,11 @@ class Scheduler:
     def _admit(self, draft: StepDraft, before: Key | None) -> None:
         """Move waiting sequences that come before `before` into the step, until one does not fit.
 
-        A sequence alone is admitted when its tokens fit: no spare is kept for nobody. No more run
-        than a step has rows and tokens for, since the others would hold blocks for nothing.
+        A sequence alone is admitted when its tokens fit: no spare is kept for nobody. Nobody is
+        admitted without a row in this step, since it would hold blocks for nothing.
         """
-        roster, most = self._roster, min(self.config.max_rows, self.config.step_tokens)
-        while draft.has_room and len(roster.running) < most:
+        roster = self._roster
+        while draft.has_room:
             head = roster.waiting.try_head()
             if head is None or (before is not None and head.key > before):
                 return
