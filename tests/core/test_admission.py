@@ -9,6 +9,7 @@ import pytest
 
 from scheduler_model import build_driver, build_request
 from twostroke.core.types import Accepted, Rejected
+from twostroke.errors import InvalidParameter
 
 SIZES = {"num_blocks": 8, "block_tokens": 4, "context_tokens": 100, "vocab_size": 1000}
 
@@ -88,6 +89,15 @@ def test_a_busy_pool_is_no_reason_to_reject() -> None:
     assert all(isinstance(answer, Accepted) for answer in answers)
     driver.drain()
     assert driver.scheduler.counts["finished"] == 20
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["num_blocks", "block_tokens", "step_tokens", "max_rows", "context_tokens", "vocab_size"],
+)
+def test_a_scheduler_that_could_plan_nothing_is_refused(size: str) -> None:
+    with pytest.raises(InvalidParameter, match=f"{size}: must be at least 1"):
+        build_driver(**{size: 0})
 
 
 def test_an_absurd_length_to_draw_ends_at_the_context() -> None:

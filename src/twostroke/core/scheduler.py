@@ -24,6 +24,7 @@ newcomers, both in policy order, in the same step.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import fields
 
 from twostroke.core.admission import find_rejection
 from twostroke.core.policy import Policy, PriorityThenArrival
@@ -58,9 +59,13 @@ class Scheduler:
 
     num_preemptions, num_ignored_results (rows answered after their sequence had ended): counted
     since the start. Attributes with an underscore are read by invariants.py and nobody else.
+    Raises InvalidParameter for a size below 1, with which nothing would ever be planned.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
+        for size in fields(config):
+            if getattr(config, size.name) < 1:
+                raise InvalidParameter(size.name, f"must be at least 1, not {config}")
         self.config = config
         self.num_preemptions = 0
         self.num_ignored_results = 0
