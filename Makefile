@@ -11,7 +11,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 MODEL = smollm2-135m
-PROMPT = Why does a language model read a prompt faster than it writes the answer? Answer in three short sentences.
+PROMPT = What is the capital of France, and what is it known for?
 export MODEL PROMPT
 
 # The exact versions hold for what is installed and for what builds it, isolated builds included.

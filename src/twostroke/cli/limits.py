@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from twostroke.cli.compose import BuiltEngine
+from twostroke.cli.machine import read_machine
 from twostroke.cli.settings import KV_ELEMENT_BYTES
 from twostroke.cli.strokes import Measured, StrokeFloor, add_floors
 from twostroke.spec.device import DeviceSpec
@@ -24,7 +25,6 @@ _DECODE_SAMPLES = 256
 def measure_device(threads: int) -> DeviceSpec:
     """This machine's limits with `threads` threads, in well under a second."""
     from twostroke import _native
-    from twostroke.cli.machine import read_machine
 
     _, bandwidth = _native.measure_read_bandwidth(threads, seconds=_BANDWIDTH_SECONDS)
     _, int8 = _native.measure_int8_rate(threads, seconds=_RATE_SECONDS)
