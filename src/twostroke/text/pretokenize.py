@@ -2,7 +2,9 @@
 
 Owns the table from a pre-tokeniser's GGUF name to its regular expressions, each family as the
 models that name it were trained. A later expression cuts only inside the pieces the earlier ones
-left; what no expression matches stays a piece of its own. It must never guess: an unknown name is
+left; what no expression matches stays a piece of its own. llama.cpp approximates a few of them
+(capitals and combining marks for tekken and gpt-4o, wide spaces for deepseek-llm and -coder); here
+they are whole, so such text can give other ids than there. It must never guess: an unknown name is
 refused, because a wrong cut gives plausible text and wrong answers.
 """
 

@@ -2,8 +2,9 @@
 
 Owns the rules around the `tokenizers` library, which does the merging: special tokens are found
 first, then each piece between them is encoded by itself; a begin token is added where the
-vocabulary says so and never twice. Ids equal llama.cpp's for the same file, with one exception on
-purpose: with parse_special=False no control token ever comes out of plain text.
+vocabulary says so and never twice. Ids equal llama.cpp's for the same file, with exceptions on
+purpose: with parse_special=False no control token ever comes out of plain text, a begin token the
+text brings itself is not doubled, and see `pretokenize`.
 
 decode(encode(text)) is the text again, with these exceptions: a SentencePiece vocabulary reads
 U+2581 as a space, and where it adds a space after a special token inside the text that space stays;
