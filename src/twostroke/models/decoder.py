@@ -22,7 +22,7 @@ def run_layers(
     ropes: RopeTables,
     step: StepArrays,
 ) -> Array:
-    """All layers over the step's T tokens; writes their KV; returns (T, width) before final_norm."""
+    """All layers over T tokens, writing their KV; returns (T, width), not yet normed."""
     x = ops.embed(step, weights["embed"], spec.embed_scale)
     for index, layer in enumerate(spec.layers):
         own = _Layer(weights, f"layers.{index}.")
