@@ -1,0 +1,110 @@
+"""Engines under measurement: each a child process that answers JSON lines.
+
+It owns the processes. A peer that does not start is reported with its last words, not hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twostroke.errors import EngineError
+
+_LAST_WORDS = 2000
+
+
+class BenchEngineFailed(EngineError):
+    """An engine under measurement did not start, or died."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """How to start one engine's worker; `name` is what reports call it."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def get_our_command(model: Path, threads: int) -> EngineCommand:
+    """This engine's worker."""
+    command = (sys.executable, "-m", "twostroke.bench.worker", str(model), str(threads))
+    return EngineCommand("twostroke", command)
+
+
+def get_llama_cpp_command(python: str, model: Path, threads: int) -> EngineCommand:
+    """llama.cpp's worker, run by the Python that has llama-cpp-python."""
+    script = Path(__file__).with_name("llama_cpp_worker.py")
+    return EngineCommand("llama.cpp", (python, str(script), str(model), str(threads)))
+
+
+class BenchEngine:
+    """A started worker. `start_s` is from starting the process to being ready."""
+
+    def __init__(self, command: EngineCommand) -> None:
+        """Start it and wait until it is ready. Raises BenchEngineFailed."""
+        self.name = command.name
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed with the process
+        begin = time.perf_counter()
+        self._process = subprocess.Popen(
+            command.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.description = str(self._read()["ready"])
+        self.start_s = time.perf_counter() - begin
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One measurement. Raises BenchEngineFailed."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the process is gone: reading says why
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._process.wait()
+        self._errors.seek(0)
+        words = self._errors.read().decode(errors="replace")[-_LAST_WORDS:].strip()
+        raise BenchEngineFailed(f"{self.name} ended with {self._process.returncode}: {words}")
+
+
+def start_engines(
+    commands: Sequence[EngineCommand],
+) -> tuple[list[BenchEngine], dict[str, str]]:
+    """All engines that start, in order, and why the others did not."""
+    engines, refused = [], {}
+    for command in commands:
+        try:
+            engines.append(BenchEngine(command))
+        except (BenchEngineFailed, OSError) as error:
+            refused[command.name] = str(error)
+    return engines, refused
