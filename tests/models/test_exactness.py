@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from places import SHARED, get_model_path
 from tiny_models import Answer, make_config, run_requests
-
 from twostroke.core.types import Request, SamplingSpec, SequenceId
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
