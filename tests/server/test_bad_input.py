@@ -88,7 +88,7 @@ PARAMETERS = [
     for name, values in {
         "n": (0, -1, 129, 10**9, 1.5, "1", True),
         "temperature": (-0.1, 1e9, "hot", True, [1]),
-        "top_p": (0, -1, 1.1, "1"),
+        "top_p": (-1, 1.1, "1"),
         "top_k": (-2, 2**40, 1.5),
         "min_p": (-0.1, 1.5),
         "repetition_penalty": (0, -1, 1e9),

@@ -21,7 +21,6 @@ from twostroke.text.tokenizer import check_text
 MAX_N = 128
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**20
-MIN_TOP_P = 1e-6
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 MAX_TOKENS = 2**31 - 1
@@ -167,7 +166,7 @@ def _to_sampling_spec(params: SamplingParams, seed: int) -> SamplingSpec:
 
 _FLOAT_RANGES = (
     ("temperature", 0.0, MAX_TEMPERATURE),
-    ("top_p", MIN_TOP_P, 1.0),
+    ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
     ("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     ("presence_penalty", -2.0, 2.0),
