@@ -49,8 +49,7 @@ struct BoundProgram {
   static KvPool make_pool(const Bytes& memory, const nb::tuple& shape, bool half) {
     KvPool pool{memory.data(),          nb::cast<int>(shape[0]), nb::cast<int>(shape[1]),
                 nb::cast<int>(shape[2]), nb::cast<int>(shape[3]), half};
-    const size_t needed = pool.block_bytes() * pool.num_layers * pool.num_blocks;
-    require(memory.size() == needed, "the KV memory has not the size of its shape");
+    require(memory.size() == pool.bytes(), "the KV memory has not the size of its shape");
     return pool;
   }
 

@@ -34,8 +34,9 @@ struct LinearArgs {
   int rows;
 };
 
-// One KV pool: every layer has all blocks; a block is, for each KV head, K as [head_dim][16] (a
-// vector is one dimension of sixteen keys) and V as [16][head_dim].
+// One KV pool. A block holds all layers one after another, so that a sequence's first tokens touch
+// little memory and a block moves in one piece; a layer of it is, for each KV head, K as
+// [head_dim][16] (a vector is one dimension of sixteen keys), then for each head V as [16][head_dim].
 struct KvPool {
   uint8_t* data;
   int num_layers, num_blocks, num_kv_heads, head_dim;
@@ -43,9 +44,10 @@ struct KvPool {
 
   size_t element_bytes() const { return half ? 2 : 4; }
   size_t head_bytes() const { return static_cast<size_t>(head_dim) * kLanes * element_bytes(); }
-  size_t block_bytes() const { return 2 * num_kv_heads * head_bytes(); }
+  size_t layer_bytes() const { return 2 * num_kv_heads * head_bytes(); }
+  size_t bytes() const { return layer_bytes() * num_layers * num_blocks; }
   uint8_t* block(int layer, int block) const {
-    return data + (static_cast<size_t>(layer) * num_blocks + block) * block_bytes();
+    return data + (static_cast<size_t>(block) * num_layers + layer) * layer_bytes();
   }
   uint8_t* keys(int layer, int b, int head) const {
     return block(layer, b) + head * head_bytes();

@@ -102,8 +102,8 @@ def plain_step(tokens: int) -> StepArrays:
 def make_native_kv(kv: ReferenceKV, shape: KVShape) -> NDArray[np.uint8]:
     """A reference pool's contents in the native layout, values already in its element type."""
     element = np.float16 if shape.element == "f16" else np.float32
-    keys = kv.keys.astype(element).transpose(0, 1, 3, 4, 2)  # (layer, block, head, dim, token)
-    values = kv.values.astype(element).transpose(0, 1, 3, 2, 4)
+    keys = kv.keys.astype(element).transpose(1, 0, 3, 4, 2)  # (block, layer, head, dim, token)
+    values = kv.values.astype(element).transpose(1, 0, 3, 2, 4)
     flat = [pool.reshape(*pool.shape[:2], -1) for pool in (keys, values)]
     return np.ascontiguousarray(np.concatenate(flat, axis=2)).view(np.uint8).reshape(-1)
 

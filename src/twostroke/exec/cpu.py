@@ -48,7 +48,7 @@ class CpuRunner:
             spec.num_layers, sizes.num_blocks, sizes.block_tokens, spec.num_kv_heads, spec.head_dim
         )
         kv = np.zeros(shape.bytes, np.uint8)
-        self._blocks: NDArray[np.uint8] = kv.reshape(spec.num_layers, sizes.num_blocks, -1)
+        self._blocks: NDArray[np.uint8] = kv.reshape(1, sizes.num_blocks, -1)
         weights = _prepare_weights(self._pool, tensors, spec.norm_offset)
         kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)
         self._program = Program(
@@ -86,7 +86,7 @@ class CpuRunner:
         )
 
     def view_kv(self) -> NDArray[np.uint8]:
-        """The pool as (layers, blocks, bytes of a block)."""
+        """The pool as (1, blocks, bytes of a block over all layers)."""
         return self._blocks
 
     def take_times(self) -> list[tuple[str, int]]:
