@@ -38,7 +38,6 @@ struct Unit {
     const int first = position(vector) + 1 - args.window;
     return args.window > 0 && first > 0 ? first : 0;
   }
-  const int32_t* block_of(int key) const { return args.blocks + key / kLanes; }
 };
 
 template <bool HALF>
@@ -47,20 +46,64 @@ inline F load_kv(const uint8_t* base, size_t index) {
   return F::load(reinterpret_cast<const float*>(base) + index);
 }
 
-// p[i][key] = q[vector + i] . k[key] for the 16-key blocks of [from, to).
+// Where the four 16-key blocks of a tile lie, and those of the next tile, to be fetched ahead.
+// Blocks beyond the last key repeat the last one: what is computed from them is masked.
+constexpr int kTileBlocks = kTileKeys / kLanes;
+struct Tile {
+  int first_key;
+  const uint8_t *k[kTileBlocks], *v[kTileBlocks];
+  const uint8_t *next_k[kTileBlocks], *next_v[kTileBlocks];
+
+  Tile(const Unit& unit, int first_key, int end) : first_key(first_key) {
+    const AttentionArgs& a = unit.args;
+    const int last = (end - 1) / kLanes;
+    for (int b = 0; b < kTileBlocks; ++b) {
+      const int here = first_key / kLanes + b, next = here + kTileBlocks;
+      const int block = a.blocks[here < last ? here : last];
+      const int ahead = a.blocks[next < last ? next : last];
+      k[b] = a.kv->keys(a.layer, block, a.kv_head);
+      v[b] = a.kv->values(a.layer, block, a.kv_head);
+      next_k[b] = a.kv->keys(a.layer, ahead, a.kv_head);
+      next_v[b] = a.kv->values(a.layer, ahead, a.kv_head);
+    }
+  }
+};
+
+// p[i][key] = q[vector + i] . k[key] for the tile's keys around [from, to).
 template <bool HALF, int N>
-inline void score_tile(const Unit& unit, int vector, int tile, int from, int to) {
+inline void score_tile(const Unit& unit, const Tile& tile, int vector, int from, int to) {
+  constexpr int TOGETHER = N <= 4 ? 4 : 1;  // blocks at once: N * TOGETHER independent sums
   const int dim = unit.head_dim;
   const float* q = unit.q + static_cast<size_t>(vector) * dim;
-  for (int key = from / kLanes * kLanes; key < to; key += kLanes) {
-    const uint8_t* k = unit.args.kv->keys(unit.args.layer, *unit.block_of(key), unit.args.kv_head);
-    F sums[N];
-    for (int i = 0; i < N; ++i) sums[i] = F::set(0.0f);
-    for (int d = 0; d < dim; ++d) {
-      const F column = load_kv<HALF>(k, static_cast<size_t>(d) * kLanes);
-      for (int i = 0; i < N; ++i) sums[i] = fma(F::set(q[i * dim + d]), column, sums[i]);
+  const int first = (from - tile.first_key) / kLanes / TOGETHER * TOGETHER;
+  for (int block = first; block * kLanes < to - tile.first_key; block += TOGETHER) {
+    F sums[N][TOGETHER];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 8
+      for (int b = 0; b < TOGETHER; ++b) sums[i][b] = F::set(0.0f);
     }
-    for (int i = 0; i < N; ++i) sums[i].store(unit.p + i * kTileKeys + (key - tile));
+    for (int d = 0; d < dim; ++d) {
+      F column[TOGETHER];
+#pragma GCC unroll 8
+      for (int b = 0; b < TOGETHER; ++b) {
+        column[b] = load_kv<HALF>(tile.k[block + b], static_cast<size_t>(d) * kLanes);
+        if (HALF) __builtin_prefetch(tile.next_k[block + b] + d * kLanes * 2);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const F value = F::set(q[i * dim + d]);
+#pragma GCC unroll 8
+        for (int b = 0; b < TOGETHER; ++b) sums[i][b] = fma(value, column[b], sums[i][b]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 8
+      for (int b = 0; b < TOGETHER; ++b) {
+        sums[i][b].store(unit.p + i * kTileKeys + (block + b) * kLanes);
+      }
+    }
   }
 }
 
@@ -96,8 +139,8 @@ inline float soften(const Unit& unit, int vector, float* p, int tile, int from, 
 
 // o[i] = o[i] * factor[i] + sum over keys of p[i][key] v[key], key by key in order.
 template <bool HALF, int N>
-inline void gather_tile(const Unit& unit, int vector, int tile, const int* from, const int* to,
-                        const float* factor) {
+inline void gather_tile(const Unit& unit, const Tile& tile, int vector, const int* from,
+                        const int* to, const float* factor) {
   const int dim = unit.head_dim;
   int first = from[0], last = to[0];
   bool even = true;  // all vectors see the same keys
@@ -111,79 +154,102 @@ inline void gather_tile(const Unit& unit, int vector, int tile, const int* from,
   for (int d = 0; d < dim; d += WIDE * kLanes) {
     const int wide = (dim - d) / kLanes < WIDE ? (dim - d) / kLanes : WIDE;
     F sums[N][WIDE];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 8
       for (int w = 0; w < WIDE; ++w) {
         sums[i][w] = w < wide ? F::load(o + i * dim + d + w * kLanes) * F::set(factor[i])
                               : F::set(0.0f);
       }
     }
     for (int block = first / kLanes * kLanes; block < last; block += kLanes) {
-      const uint8_t* v =
-          unit.args.kv->values(unit.args.layer, *unit.block_of(block), unit.args.kv_head);
+      const int index = (block - tile.first_key) / kLanes;
+      const uint8_t* v = tile.v[index];
       const int begin = first > block ? first : block;
       const int end = last < block + kLanes ? last : block + kLanes;
       for (int key = begin; key < end; ++key) {
         F row[WIDE];
+        const size_t at = static_cast<size_t>(key - block) * dim + d;
+        if (HALF) {
+          for (int w = 0; w < wide; w += 2) __builtin_prefetch(tile.next_v[index] + 2 * at + 32 * w);
+        }
+#pragma GCC unroll 8
         for (int w = 0; w < WIDE; ++w) {
           if (w < wide) {
-            row[w] = load_kv<HALF>(v, static_cast<size_t>(key - block) * dim + d + w * kLanes);
+            row[w] = load_kv<HALF>(v, at + w * kLanes);
           } else {
             row[w] = F::set(0.0f);
           }
         }
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
           if (!even && (key < from[i] || key >= to[i])) continue;
-          const F weight = F::set(unit.p[i * kTileKeys + (key - tile)]);
+          const F weight = F::set(unit.p[i * kTileKeys + (key - tile.first_key)]);
+#pragma GCC unroll 8
           for (int w = 0; w < WIDE; ++w) sums[i][w] = fma(weight, row[w], sums[i][w]);
         }
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       for (int w = 0; w < wide; ++w) sums[i][w].store(o + i * dim + d + w * kLanes);
     }
   }
 }
 
-// Vectors vector … vector + N - 1 against the keys of one tile.
+// Vectors vector … vector + N - 1 against the keys of one tile, which ends at `limit`.
 template <bool HALF, int N>
-inline void visit_tile(const Unit& unit, int vector, int tile, int limit) {
-  int from[N], to[N], first = limit, last = tile;
+inline void visit_tile(const Unit& unit, const Tile& tile, int vector, int limit) {
+  int from[N], to[N], first = limit, last = tile.first_key;
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     const int start = unit.first_key(vector + i), end = unit.position(vector + i) + 1;
-    from[i] = start > tile ? start : tile;
+    from[i] = start > tile.first_key ? start : tile.first_key;
     to[i] = end < limit ? end : limit;
-    if (from[i] >= to[i]) from[i] = to[i] = tile;  // sees nothing here
+    if (from[i] >= to[i]) from[i] = to[i] = tile.first_key;  // sees nothing here
     if (from[i] < to[i]) {
       first = from[i] < first ? from[i] : first;
       last = to[i] > last ? to[i] : last;
     }
   }
   if (first >= last) return;
-  score_tile<HALF, N>(unit, vector, tile, first, last);
+  score_tile<HALF, N>(unit, tile, vector, first, last);
   float factor[N];
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     factor[i] = 1.0f;
     if (from[i] < to[i]) {
-      factor[i] = soften(unit, vector + i, unit.p + i * kTileKeys, tile, from[i], to[i]);
+      factor[i] =
+          soften(unit, vector + i, unit.p + i * kTileKeys, tile.first_key, from[i], to[i]);
     }
   }
-  gather_tile<HALF, N>(unit, vector, tile, from, to, factor);
+  gather_tile<HALF, N>(unit, tile, vector, from, to, factor);
 }
 
 template <bool HALF>
+inline void visit_vectors(const Unit& unit, const Tile& tile, int limit) {
+  int v = 0;
+  for (; v + 8 <= unit.vectors; v += 8) visit_tile<HALF, 8>(unit, tile, v, limit);
+  for (; v + 4 <= unit.vectors; v += 4) visit_tile<HALF, 4>(unit, tile, v, limit);
+  for (; v + 3 <= unit.vectors; v += 3) visit_tile<HALF, 3>(unit, tile, v, limit);
+  for (; v + 2 <= unit.vectors; v += 2) visit_tile<HALF, 2>(unit, tile, v, limit);
+  for (; v < unit.vectors; ++v) visit_tile<HALF, 1>(unit, tile, v, limit);
+}
+
 inline void visit_segment(const Unit& unit, int begin, int end) {
   const float minus = -std::numeric_limits<float>::infinity();
   std::memset(unit.o, 0, sizeof(float) * unit.vectors * unit.head_dim);
   std::memset(unit.l, 0, sizeof(float) * unit.vectors * kLanes);
   for (int i = 0; i < unit.vectors; ++i) unit.m[i] = minus;
-  for (int tile = begin; tile < end; tile += kTileKeys) {
-    const int limit = tile + kTileKeys < end ? tile + kTileKeys : end;
-    int v = 0;
-    for (; v + 8 <= unit.vectors; v += 8) visit_tile<HALF, 8>(unit, v, tile, limit);
-    for (; v + 4 <= unit.vectors; v += 4) visit_tile<HALF, 4>(unit, v, tile, limit);
-    for (; v + 3 <= unit.vectors; v += 3) visit_tile<HALF, 3>(unit, v, tile, limit);
-    for (; v + 2 <= unit.vectors; v += 2) visit_tile<HALF, 2>(unit, v, tile, limit);
-    for (; v < unit.vectors; ++v) visit_tile<HALF, 1>(unit, v, tile, limit);
+  for (int key = begin; key < end; key += kTileKeys) {
+    const int limit = key + kTileKeys < end ? key + kTileKeys : end;
+    if (limit <= unit.first_key(0)) continue;  // before every query's window
+    const Tile tile(unit, key, end);
+    if (unit.args.kv->half) {
+      visit_vectors<true>(unit, tile, limit);
+    } else {
+      visit_vectors<false>(unit, tile, limit);
+    }
   }
 }
 
@@ -225,11 +291,7 @@ inline void attention(const AttentionArgs& args) {
   for (int segment = args.first_segment; segment < args.last_segment; ++segment) {
     const int begin = segment * kSegmentKeys;
     const int end = begin + kSegmentKeys < end_key ? begin + kSegmentKeys : end_key;
-    if (args.kv->half) {
-      visit_segment<true>(unit, begin, end);
-    } else {
-      visit_segment<false>(unit, begin, end);
-    }
+    visit_segment(unit, begin, end);
     for (int v = 0; v < unit.vectors; ++v) {
       const float* o = unit.o + static_cast<size_t>(v) * dim;
       const float l = reduce_add(F::load(unit.l + static_cast<size_t>(v) * kLanes));

@@ -11,6 +11,8 @@
 
 namespace twostroke::TS_ISA {
 
+constexpr int kPrefetchBytes = 4096;
+
 template <Format FORMAT>
 struct Traits;
 
@@ -91,6 +93,13 @@ inline void add_groups(const uint8_t* block, const int8_t* q, size_t inputs,
   }
 }
 
+// With one row the weights stream from memory once: asks for the block a few blocks on, beyond the
+// reach of the processor's own prefetching.
+template <int STRIDE>
+inline void prefetch_ahead(const uint8_t* block) {
+  for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + kPrefetchBytes + line);
+}
+
 // One tile of 16 outputs for ROWS rows from `row` on.
 template <Format FORMAT, int ROWS>
 inline void multiply_tile(const LinearArgs& args, const uint8_t* tile, int tile_index, int row) {
@@ -102,6 +111,7 @@ inline void multiply_tile(const LinearArgs& args, const uint8_t* tile, int tile_
   for (size_t b = 0; b < blocks; ++b) {
     const uint8_t* unit = tile + b / T::SUPER * T::UNIT;
     const uint8_t* block = unit + T::HEADER + b % T::SUPER * T::STRIDE;
+    if constexpr (ROWS == 1) prefetch_ahead<T::STRIDE>(block);
     const Scales scales = load_scales<FORMAT>(unit, block);
     const int8_t* q = x.q + row * inputs + b * kBlock;
     // With one scale a block both halves go to the same sums.

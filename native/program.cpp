@@ -143,7 +143,7 @@ void Program::linear(const Matrix& weight, int in, int out, std::vector<float> b
     args.rows = rows();
     // Tiles are handed out in pieces, so that a thread that was held up does less.
     const int tiles = weight.num_tiles();
-    const int piece = std::max(1, tiles / (threads * 8));
+    const int piece = std::max(1, (tiles + threads - 1) / threads);
     for (int first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tiles;) {
       kernels_.linear(args, first, std::min(tiles, first + piece));
     }

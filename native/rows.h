@@ -21,11 +21,7 @@ inline void quantise(const float* x, size_t stride, int inputs, const QuantisedR
       int8_t* q = out.q + at * kBlock;
       (lo * F::set(inverse)).store_rounded_i8(q);
       (hi * F::set(inverse)).store_rounded_i8(q + 16);
-      int32_t sums[2] = {0, 0};
-      for (int i = 0; i < 16; ++i) {
-        sums[0] += q[i];
-        sums[1] += q[16 + i];
-      }
+      const int32_t sums[2] = {sum_bytes(q), sum_bytes(q + 16)};
       out.scale[at] = scale;
       out.offset[at] = scale * static_cast<float>(sums[0] + sums[1]);
       out.sum16[2 * at] = sums[0];

@@ -46,14 +46,6 @@ inline float reduce_add(F x) {
   return v[0];
 }
 
-inline float reduce_max(F x) {
-  alignas(64) float v[16];
-  x.store(v);
-  float best = v[0];
-  for (int i = 1; i < 16; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
 // e^x to about one unit in the last place (Cody-Waite reduction, degree-6 polynomial). Below -87
 // the answer is 0, above 88 it is e^88; NaN gives 0.
 inline F exp16(F x) {

@@ -83,6 +83,19 @@ inline F scale_by_power(F p, F shifted) {
   return {scale(p.lo, shifted.lo), scale(p.hi, shifted.hi)};
 }
 
+inline float reduce_max(F x) {
+  const __m256 eight = _mm256_max_ps(x.lo, x.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// Sum of sixteen signed bytes.
+inline int32_t sum_bytes(const int8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i biased = _mm_sad_epu8(_mm_xor_si128(x, _mm_set1_epi8(-128)), _mm_setzero_si128());
+  return _mm_cvtsi128_si32(biased) + _mm_extract_epi16(biased, 4) - 16 * 128;
+}
+
 struct B {
   __m256i lo, hi;
   static B load(const uint8_t* p) {

@@ -54,6 +54,13 @@ inline F scale_by_power(F p, F shifted) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), n))};
 }
 
+inline float reduce_max(F x) { return _mm512_reduce_max_ps(x.v); }
+// Sum of sixteen signed bytes.
+inline int32_t sum_bytes(const int8_t* p) {
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_reduce_add_epi32(wide);
+}
+
 struct B {
   __m512i v;
   static B load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }

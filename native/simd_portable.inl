@@ -77,6 +77,18 @@ inline F scale_by_power(F p, F shifted) {
   });
 }
 
+inline float reduce_max(F x) {
+  float best = x.v[0];
+  for (int i = 1; i < 16; ++i) best = x.v[i] > best ? x.v[i] : best;
+  return best;
+}
+// Sum of sixteen signed bytes.
+inline int32_t sum_bytes(const int8_t* p) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += p[i];
+  return sum;
+}
+
 struct B {
   uint8_t v[64];
   static B load(const uint8_t* p) {
