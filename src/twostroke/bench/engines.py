@@ -5,6 +5,7 @@ It owns the processes. A peer that does not start is reported with its last word
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -50,40 +51,44 @@ class BenchEngine:
     def __init__(self, command: EngineCommand) -> None:
         """Start it and wait until it is ready. Raises BenchEngineFailed."""
         self.name = command.name
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 closed with the process
-        begin = time.perf_counter()
-        self._process = subprocess.Popen(
-            command.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.description = str(self._read()["ready"])
-        self.start_s = time.perf_counter() - begin
+        with contextlib.ExitStack() as undo:
+            self._errors = undo.enter_context(tempfile.TemporaryFile())
+            begin = time.perf_counter()
+            self._process = subprocess.Popen(
+                command.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+            undo.callback(self._end_process)
+            self.description = str(self._read()["ready"])
+            self.start_s = time.perf_counter() - begin
+            self._resources = undo.pop_all()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One measurement. Raises BenchEngineFailed."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the process is gone: reading says why
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process is gone: reading says why
         return self._read()
 
     def close(self) -> None:
         """End the process."""
+        self._resources.close()
+
+    def _end_process(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # what was not sent is of no use now
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        assert self._process.stdout is not None
         self._process.stdout.close()
-        self._errors.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
