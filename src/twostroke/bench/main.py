@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="name or path of a GGUF file")
     parser.add_argument("--peer-python", help="a Python that has llama-cpp-python")
     parser.add_argument("--threads", type=int, default=read_machine().cores)
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each workload")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each workload")
     parser.add_argument("--only", help="only workloads whose name contains this")
     parser.add_argument("--plot", type=Path, help="where to draw the shares of the limit (PNG)")
     return parser.parse_args(arguments)
