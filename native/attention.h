@@ -16,8 +16,8 @@ struct Unit {
   const AttentionArgs& args;
   int head_dim, vectors;
   float *q, *o, *total_o;            // [vector][head_dim]
-  float *l, *total_l;                // [vector][16] lane sums; totals use lane 0
-  float *m, *total_m;                // [vector]
+  float* l;                          // [vector][16] lane sums
+  float *total_l, *m, *total_m;      // [vector]
   float* p;                          // [8][kTileKeys] scores, then probabilities
 
   explicit Unit(const AttentionArgs& a)
@@ -28,7 +28,7 @@ struct Unit {
     total_o = o + most * head_dim;
     l = total_o + most * head_dim;
     total_l = l + most * kLanes;
-    m = total_l + most * kLanes;
+    m = total_l + most;
     total_m = m + most;
     p = total_m + most;
   }

@@ -81,7 +81,7 @@ struct AttentionArgs {
 
 // Floats of scratch a unit needs.
 inline size_t attention_scratch_floats(int group, int head_dim) {
-  return static_cast<size_t>(group) * kQueryTile * (3 * head_dim + 4 * kLanes + 8) + 8 * kTileKeys;
+  return static_cast<size_t>(group) * kQueryTile * (3 * head_dim + kLanes + 3) + 8 * kTileKeys;
 }
 // Floats of one partial result: o, then m and l.
 inline size_t partial_floats(int head_dim) { return static_cast<size_t>(head_dim) + kLanes; }

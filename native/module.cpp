@@ -11,8 +11,8 @@ NB_MODULE(_native, m) {
 #if defined(TWOSTROKE_X86)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
       !__builtin_cpu_supports("f16c")) {
-    nb::raise_type_error("twostroke was built for x86-64-v3 and this processor lacks AVX2, FMA or "
-                         "F16C: use the reference backend (--backend reference)");
+    throw nb::import_error("twostroke was built for x86-64-v3 and this processor lacks AVX2, FMA or "
+                           "F16C");
   }
 #endif
   bind_program(m);

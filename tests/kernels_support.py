@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,9 +69,10 @@ def run_native(
     kv: tuple[NDArray[np.uint8], KVShape] | None = None,
 ) -> F32:
     """Runs `call(ops, *slots)` natively on these inputs (T, width); returns the result likewise."""
-    memory, shape = kv if kv is not None else (np.zeros(64, np.uint8), KVShape(1, 1, BLOCK, 1, 16))
     if kv is None:
-        memory = np.zeros(shape.bytes, np.uint8)
+        shape = KVShape(1, 1, BLOCK, 1, 16)
+        kv = (np.zeros(shape.bytes, np.uint8), shape)
+    memory, shape = kv
     pool = ThreadPool(threads)
     sizes = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim)
     program = Program(pool, isa, memory, sizes, shape.element == "f16", len(step.tokens), 1)
@@ -154,6 +154,3 @@ def random_matrix_bytes(
 def pack(format: Format, data: NDArray[np.uint8], shape: tuple[int, int]) -> PackedMatrix:
     """A packed matrix from file bytes."""
     return pack_matrix(ThreadPool(2), format, data, shape)
-
-
-AnyArray = NDArray[Any]

@@ -13,7 +13,13 @@ from twostroke.cli.settings import BACKENDS, BLOCK_TOKENS, EngineSettings
 from twostroke.cli.strokes import get_strokes, measure
 from twostroke.cli.summary import format_summary
 from twostroke.engine.params import SamplingParams
-from twostroke.errors import InvalidParameter, PromptTooLong, UnknownModel, UnsupportedModel
+from twostroke.errors import (
+    EngineClosed,
+    InvalidParameter,
+    PromptTooLong,
+    UnknownModel,
+    UnsupportedModel,
+)
 from twostroke.exec import build
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -64,6 +70,8 @@ def test_closing_twice_does_nothing(model_file: Path) -> None:
     llm = LLM(model_file, threads=1)
     llm.close()
     llm.close()
+    with pytest.raises(EngineClosed):
+        llm.generate([[5]], PARAMS)
 
 
 def test_a_broken_template_leaves_the_model_usable(tmp_path: Path) -> None:

@@ -120,10 +120,14 @@ def test_messages_reach_the_template_in_its_words(
     ]
 
 
-def test_a_reply_sent_back_as_it_came_is_understood(client: openai.OpenAI, model: str) -> None:
+def test_a_reply_sent_back_as_it_came_is_understood(
+    server: Running, client: openai.OpenAI, model: str
+) -> None:
     reply = client.chat.completions.create(model=model, messages=HELLO)
     said: Any = reply.choices[0].message.model_dump()
     client.chat.completions.create(model=model, messages=[*HELLO, said, *HELLO])
+    reply_seen = {"role": "assistant", "content": said["content"]}
+    assert server.engine.rendered[-1] == [*HELLO, reply_seen, *HELLO]
 
 
 def test_tools_the_model_may_not_call_are_not_shown_to_it(

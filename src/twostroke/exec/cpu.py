@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import UnsupportedModel
+from twostroke.exec.floats import make_ropes, to_float
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.kernels.cpu.recorder import LANES, Recorder
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector, pack_matrix
 from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, StepArrays
-from twostroke.kernels.reference.dequant import dequantise
 from twostroke.models.decoder import run_head, run_layers
-from twostroke.models.rope import make_rope_table
 from twostroke.spec.model import ModelSpec, RopeSpec
 from twostroke.weights.tensor import HostTensor
 
@@ -49,12 +48,12 @@ class CpuRunner:
         )
         kv = np.zeros(shape.bytes, np.uint8)
         self._blocks: NDArray[np.uint8] = kv.reshape(1, sizes.num_blocks, -1)
-        weights = _prepare_weights(self._pool, tensors, spec.norm_offset)
+        weights = _prepare_weights(self._pool, spec, tensors)
         kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)
         self._program = Program(
             self._pool, isa, kv, kv_shape, True, sizes.max_step_tokens, MAX_LOGIT_ROWS
         )
-        self._logits = record(spec, self._program, weights, _make_ropes(spec, tensors, sizes))
+        self._logits = record(spec, self._program, weights, make_ropes(spec, tensors, sizes))
         self._backend = f"cpu ({kernels_name(isa)})"
         self._weight_bytes = sum(
             weight.bytes if isinstance(weight, PackedMatrix) else weight.values.nbytes
@@ -112,7 +111,7 @@ def record(
 
 
 def _prepare_weights(
-    pool: Any, tensors: Mapping[str, HostTensor], norm_offset: float
+    pool: Any, spec: ModelSpec, tensors: Mapping[str, HostTensor]
 ) -> dict[str, PackedMatrix | Vector]:
     weights: dict[str, PackedMatrix | Vector] = {}
     for name, tensor in tensors.items():
@@ -120,22 +119,5 @@ def _prepare_weights(
         if len(shape) == 2:
             weights[name] = pack_matrix(pool, tensor.spec.format, tensor.data, (shape[0], shape[1]))
             continue
-        values = dequantise(tensor.spec.format, tensor.data, shape)
-        if name.endswith("norm"):
-            values = values + np.float32(norm_offset)
-        weights[name] = Vector(np.ascontiguousarray(values, np.float32))
+        weights[name] = Vector(to_float(spec, tensor))
     return weights
-
-
-def _make_ropes(
-    spec: ModelSpec, tensors: Mapping[str, HostTensor], sizes: RunnerSizes
-) -> dict[RopeSpec, RopeTable]:
-    positions = min(spec.context_tokens, sizes.num_blocks * sizes.block_tokens)
-    stored = tensors.get("rope_factors")
-    factors = None
-    if stored is not None:
-        factors = dequantise(stored.spec.format, stored.data, stored.spec.shape).astype(np.float64)
-    return {
-        rope: make_rope_table(rope, spec.head_dim, positions, spec.rope_layout, factors)
-        for rope in {layer.rope: None for layer in spec.layers}
-    }

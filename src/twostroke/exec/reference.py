@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from twostroke.exec.floats import make_ropes, to_float
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.kernels.ops import F32, I32, KVShape, StepArrays
 from twostroke.kernels.reference import sampling
-from twostroke.kernels.reference.dequant import dequantise
 from twostroke.kernels.reference.ops import ReferenceKV, get_pool_extents, make_ops
 from twostroke.models.decoder import run_head, run_layers
-from twostroke.models.rope import make_rope_table
 from twostroke.spec.model import ModelSpec
 from twostroke.weights.tensor import HostTensor
 
@@ -38,14 +37,8 @@ class ReferenceRunner:
         memory = np.zeros((2, *get_pool_extents(shape)), np.float32)
         self._kv_bytes = memory.view(np.uint8).reshape(2 * spec.num_layers, sizes.num_blocks, -1)
         self._ops = make_ops(ReferenceKV(memory[0], memory[1]))
-        self._weights = {name: _to_float(spec, tensor) for name, tensor in tensors.items()}
-        positions = min(spec.context_tokens, sizes.num_blocks * sizes.block_tokens)
-        stored = self._weights.get("rope_factors")
-        factors = None if stored is None else stored.astype(np.float64)
-        self._ropes = {
-            rope: make_rope_table(rope, spec.head_dim, positions, spec.rope_layout, factors)
-            for rope in {layer.rope: None for layer in spec.layers}
-        }
+        self._weights = {name: to_float(spec, tensor) for name, tensor in tensors.items()}
+        self._ropes = make_ropes(spec, tensors, sizes)
         self._step: StepArrays | None = None
         self._hidden: F32 | None = None
 
@@ -79,11 +72,3 @@ class ReferenceRunner:
     def view_kv(self) -> NDArray[np.uint8]:
         """The pool as (2 * layers, blocks, bytes of a block's K or V)."""
         return self._kv_bytes
-
-
-def _to_float(spec: ModelSpec, tensor: HostTensor) -> F32:
-    """A tensor as float32, with the norm offset added where the spec has one."""
-    values: F32 = dequantise(tensor.spec.format, tensor.data, tensor.spec.shape)
-    if spec.norm_offset and tensor.spec.name.endswith("norm"):
-        values = values + np.float32(spec.norm_offset)
-    return values
