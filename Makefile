@@ -65,8 +65,7 @@ docs: setup  ## Write docs/reference/cli.md anew from the commands themselves.
 
 bench: setup  ## Measure prefill and decode beside this machine's limits and any installed peer.
 	@$(BIN)/twostroke pull "$$MODEL"
-	@$(BIN)/python -m twostroke.bench --model "$$MODEL" \
-		$(if $(wildcard $(PEERS)/stamp),--peer-python $(PEERS)/bin/python)
+	@$(BIN)/python -m twostroke.bench --model "$$MODEL"
 
 bench-peers: $(PEERS)/stamp  ## Build llama.cpp for this machine, for `make bench` to compare with.
 

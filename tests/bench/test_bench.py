@@ -100,12 +100,20 @@ def test_a_peer_that_does_not_start_is_reported_with_its_last_words() -> None:
 
 @pytest.mark.real_model
 def test_the_last_line_of_a_benchmark_is_its_report() -> None:
-    command = [sys.executable, "-m", "twostroke.bench", "--rounds", "1", "--only", "prefill 128"]
+    command = [
+        sys.executable,
+        "-m",
+        "twostroke.bench",
+        "--rounds",
+        "1",
+        "--workloads",
+        "prefill-128",
+    ]
     command += ["--model", str(get_model_path("smollm2-135m"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout.splitlines()[-1])
     [row] = report["workloads"]
-    assert row["workload"] == "prefill 128"
+    assert row["workload"] == "prefill-128"
     assert row["twostroke"]["tokens_per_s"] > 0
     assert report["limits"]["bytes_per_s"] > 0
     assert report["start"]["twostroke, start to first token"]["median"] > 0

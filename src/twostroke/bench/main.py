@@ -32,7 +32,7 @@ from twostroke.bench.report import (
     summarise,
 )
 from twostroke.bench.startup import time_first_token, time_import, time_peer_first_token
-from twostroke.bench.workloads import SEED, STANDARD, Workload, get_floor, make_prompt
+from twostroke.bench.workloads import SEED, Workload, choose, get_floor, make_prompt
 from twostroke.cli.limits import format_device, measure_device
 from twostroke.cli.machine import read_machine
 from twostroke.errors import TwostrokeError
@@ -54,10 +54,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="twostroke.bench", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="name or path of a GGUF file")
-    parser.add_argument("--peer-python", help="a Python that has llama-cpp-python")
+    parser.add_argument("--engines", default="twostroke,llama.cpp", help="comma-separated")
+    parser.add_argument("--workloads", help="comma-separated, such as prefill-512,decode-0")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=Path(),
+        help="the folder that has .venv-peers (make bench-peers)",
+    )
+    parser.add_argument("--no-start", action="store_true", help="do not measure starting")
     parser.add_argument("--threads", type=int, default=read_machine().cores)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each workload")
-    parser.add_argument("--only", help="only workloads whose name contains this")
     parser.add_argument("--plot", type=Path, help="where to draw the shares of the limit (PNG)")
     return parser.parse_args(arguments)
 
@@ -67,18 +74,19 @@ def run(options: argparse.Namespace) -> None:
     path = resolve(options.model)
     with open_model(path) as model:
         spec = model.spec
+    wanted = choose(options.workloads)
     commands = [get_our_command(path, options.threads)]
-    if options.peer_python:
-        commands.append(get_llama_cpp_command(options.peer_python, path, options.threads))
+    if "llama.cpp" in options.engines.split(","):
+        python = options.peers / ".venv-peers" / "bin" / "python"
+        commands.append(get_llama_cpp_command(str(python.absolute()), path, options.threads))
     say(f"{spec.name}, {path.name}; {options.threads} threads, {options.rounds} rounds")
-    start = measure_start(commands, path, options, spec)
+    start = {} if options.no_start else measure_start(commands, path, options, spec)
     engines, refused = start_engines(commands)
     try:
         for engine in engines:
             say(f"  {engine.name}: {engine.description}")
         for name, why in refused.items():
             say(f"  {name}: not measured: {why}")
-        wanted = [one for one in STANDARD if not options.only or options.only in one.name]
         results = [measure_workload(engines, one, spec, options) for one in wanted]
     finally:
         for engine in engines:
@@ -137,7 +145,7 @@ def measure_workload(
     for engine in engines:
         if engine.name != OURS:
             result.agreed[engine.name] = count_agreeing(tokens[OURS], tokens[engine.name])
-    say(f"  {workload.name}: {result.get_rate(OURS)[0]:,.0f} tok/s")
+    say(f"  {workload.name}: {result.get_rate(OURS)[0]:,.0f} tok/s, {result.get_share(OURS):.0%}")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from twostroke.errors import InvalidParameter
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import RowShape, StepShape, get_floor_seconds, get_model_work
@@ -33,12 +34,12 @@ class Workload:
 
 
 STANDARD = (
-    Workload("prefill 128", 128, 0),
-    Workload("prefill 512", 512, 0),
-    Workload("prefill 2048", 2048, 0),
-    Workload("decode at 0", 8, 64),
-    Workload("decode at 1024", 1024, 48),
-    Workload("decode at 4096", 4096, 32),
+    Workload("prefill-128", 128, 0),
+    Workload("prefill-512", 512, 0),
+    Workload("prefill-2048", 2048, 0),
+    Workload("decode-0", 8, 64),
+    Workload("decode-1024", 1024, 48),
+    Workload("decode-4096", 4096, 32),
 )
 
 
@@ -65,3 +66,18 @@ def get_floor(spec: ModelSpec, workload: Workload, device: DeviceSpec) -> float:
     return sum(
         get_floor_seconds(work.get_step_work(StepShape((row,))), device).seconds for row in rows
     )
+
+
+def choose(wanted: str | None) -> list[Workload]:
+    """The standard workloads named in a comma-separated list, in standard order; None is all.
+
+    Raises InvalidParameter naming what is unknown.
+    """
+    if wanted is None:
+        return list(STANDARD)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    known = [one.name for one in STANDARD]
+    for name in names:
+        if name not in known:
+            raise InvalidParameter("workloads", f"has no {name!r}; known are {', '.join(known)}")
+    return [one for one in STANDARD if one.name in names]
