@@ -76,13 +76,17 @@ BARS: Mapping[str, Sequence[Bar]] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A bar and what was measured; `value` is compared with its bound. None: not measured."""
+    """A bar and what was measured; `value` is compared with its bound. None: not measured.
+
+    possible: the value that the limit itself would reach, where there is one.
+    """
 
     bar: Bar
     ours: float | None = None
     peer: str | None = None
     theirs: float | None = None
     value: float | None = None
+    possible: float | None = None
 
     @property
     def is_met(self) -> bool | None:
@@ -93,9 +97,18 @@ class Verdict:
         return self.value <= bound if self.bar.is_ceiling else self.value >= bound
 
     @property
+    def is_possible(self) -> bool:
+        """False where even the limit would miss the bar."""
+        if self.possible is None:
+            return True
+        bound = self.bar.bound
+        return self.possible <= bound if self.bar.is_ceiling else self.possible >= bound
+
+    @property
     def word(self) -> str:
-        """pass, miss or not measured."""
-        return {True: "pass", False: "miss", None: "not measured"}[self.is_met]
+        """pass, miss, miss where the limit forbids more, or not measured."""
+        word = {True: "pass", False: "miss", None: "not measured"}[self.is_met]
+        return word if self.is_possible else f"{word} (the limit forbids it)"
 
     def describe(self) -> dict[str, object]:
         """Plain values."""
@@ -108,6 +121,7 @@ class Verdict:
             "peer": self.peer,
             "theirs": self.theirs,
             "value": self.value,
+            "possible": self.possible,
             "result": self.word,
         }
 
@@ -129,7 +143,18 @@ def _judge(result: ModelResult, bar: Bar) -> Verdict:
     if not known:
         return Verdict(bar, ours)
     best = (min if bar.is_ceiling else max)(known, key=lambda name: known[name])
-    return Verdict(bar, ours, best, known[best], ours / known[best])
+    theirs, limit = known[best], get_limit(result, bar.what)
+    possible = limit / theirs if limit is not None else None
+    return Verdict(bar, ours, best, theirs, ours / theirs, possible)
+
+
+def get_limit(result: ModelResult, what: str) -> float | None:
+    """What the machine's limit would give; None where no limit is known."""
+    measured = result.find(what)
+    if measured is not None:
+        return measured.get_rate(OURS)[0] / measured.get_share(OURS)
+    load, _, value = what.partition(".")
+    return result.load_floors.get(load, {}).get(value)
 
 
 def get_value(result: ModelResult, what: str, engine: str) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from twostroke.bench.engines import BenchEngineFailed, EngineCommand, start_engi
 from twostroke.bench.lineup import ENGINES, OURS, Lineup, PeerAbsent
 from twostroke.bench.measure import Bench, Pace, collect_peaks
 from twostroke.bench.plot import draw
-from twostroke.bench.report import build_tables, list_missing
+from twostroke.bench.report import build_tables, list_agreement, list_missing
 from twostroke.bench.results import ModelResult
 from twostroke.bench.served import get_load_floor, make_burst, make_poisson
 from twostroke.bench.servers import measure_served
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         result = measure_model(name, path, options)
         for table in build_tables(result):
             console.print(table)
-        for line in list_missing(result):
+        for line in [*list_agreement(result), *list_missing(result)]:
             say(f"  {line}")
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
@@ -180,10 +181,8 @@ def measure_loads(
         loads["burst"] = make_burst(spec, options.burst)
     if "poisson" in options.workloads:
         loads["poisson"] = make_poisson(spec, options.arrivals, options.duration)
-    device = measure_device(options.threads)
-    for load, arrivals in loads.items():
-        result.load_floors[load] = get_load_floor(spec, arrivals, device)
     refused: dict[str, str] = {}
+    devices = [measure_device(options.threads)]
     for _ in range(options.served_rounds):
         for name in options.engines:
             if name in result.refused or name in refused:
@@ -196,12 +195,18 @@ def measure_loads(
                 refused[name] = str(error)
                 continue
             result.served.setdefault(name, []).append(served)
+            devices.append(measure_device(options.threads))
             rates = [
                 f"{load} {one.get('output_tokens_per_s', 0):,.0f}"
                 for load, one in served.loads.items()
             ]
             say(f"  {name}, served: {', '.join(rates)} tok/s; ready in {served.start_s:.1f} s")
     result.refused |= {f"{name} server": why for name, why in refused.items()}
+    for load, arrivals in loads.items():
+        floors = [get_load_floor(spec, arrivals, device) for device in devices]
+        result.load_floors[load] = {
+            value: statistics.median(floor[value] for floor in floors) for value in floors[0]
+        }
 
 
 def sum_bytes(path: Path) -> int:

@@ -82,14 +82,7 @@ def build_load(result: ModelResult, load: str) -> Table:
             values = [result.get_served(engine, load, name) for name, _ in _SERVED]
             failed = sum(result.get_served(engine, load, "failed"))
             table.add_row(engine, *map(_format_median, values), f"{failed:.0f}")
-    floor = result.load_floors[load]
-    limit = {
-        "output_tokens_per_s": floor["output_tokens"] / floor["seconds"],
-        "ttft_s_p50": floor["ttft_s"],
-        "tpot_ms_p50": floor["tpot_ms"],
-    }
-    if load != "burst":  # requests are not all there at once, so the whole has no such limit
-        del limit["output_tokens_per_s"]
+    limit = result.load_floors[load]
     cells = [_format_median([limit[name]] if name in limit else []) for name, _ in _SERVED]
     table.add_row("limit, alone or ideal", *cells, "")
     return table
@@ -117,8 +110,9 @@ def build_memory(result: ModelResult) -> Table:
 def build_bars(verdicts: Sequence[Verdict]) -> Table:
     """Each bar: what was asked, what was measured, and whether that is enough."""
     table = _make_table("bars")
-    for heading in ("bar", "wanted", "ours", "best peer", "measured", "result"):
-        table.add_column(heading, justify="left" if heading in ("bar", "wanted") else "right")
+    for heading in ("bar", "wanted", "ours", "best peer", "measured", "limit allows", "result"):
+        left = heading in ("bar", "wanted", "result")
+        table.add_column(heading, justify="left" if left else "right")
     for one in verdicts:
         bar = one.bar
         sign = "≤" if bar.is_ceiling else "≥"
@@ -137,6 +131,7 @@ def build_bars(verdicts: Sequence[Verdict]) -> Table:
             else f"{one.ours:,.0f}",
             f"{one.peer} {_format_median([one.theirs])}" if one.theirs is not None else "",
             "–" if one.value is None else f"{one.value:.2f}",
+            "" if one.possible is None else f"{one.possible:.2f}",
             one.word,
         )
     return table
@@ -147,6 +142,16 @@ def _make_table(title: str) -> Table:
     from rich.table import Table
 
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+
+
+def list_agreement(result: ModelResult) -> list[str]:
+    """A line for each peer: how many leading greedy tokens of all workloads equal ours."""
+    lines = []
+    for name in get_measured_peers(result.measurements):
+        pairs = [one.agreed[name] for one in result.measurements if name in one.agreed]
+        equal, total = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        lines.append(f"{name}: {equal:,} of {total:,} leading greedy tokens equal ours")
+    return lines
 
 
 def list_missing(result: ModelResult) -> list[str]:

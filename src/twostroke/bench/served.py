@@ -111,8 +111,8 @@ def get_load_floor(
 ) -> Mapping[str, float]:
     """The least a load can take, from spec/work.py, were all of it there at once.
 
-    seconds: for output_tokens, prompts read in full steps, then every answer written with all that
-    remain in each step. ttft_s and tpot_ms: of a request of median size that is alone.
+    output_tokens_per_s: prompts read in full steps, then every answer written with all that remain
+    in each step. ttft_s_p50, tpot_ms_p50 and itl_ms_p50: of a request of median size, alone.
     """
     reading = add_floors(spec, cut_prompts([len(one.prompt) for one in arrivals]), device)
     longest = max(one.new_tokens for one in arrivals)
@@ -132,9 +132,10 @@ def get_load_floor(
     )
     prompt = int(np.median([len(one.prompt) for one in arrivals]))
     alone = StepShape((RowShape(1, prompt, 1),))
+    token_ms = 1e3 * add_floors(spec, iter([alone]), device)
     return {
-        "seconds": reading + writing,
-        "output_tokens": sum(one.new_tokens for one in arrivals),
-        "ttft_s": add_floors(spec, cut_prompts([prompt]), device),
-        "tpot_ms": 1e3 * add_floors(spec, iter([alone]), device),
+        "output_tokens_per_s": sum(one.new_tokens for one in arrivals) / (reading + writing),
+        "ttft_s_p50": add_floors(spec, cut_prompts([prompt]), device),
+        "tpot_ms_p50": token_ms,
+        "itl_ms_p50": token_ms,
     }
