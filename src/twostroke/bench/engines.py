@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from twostroke.errors import EngineError
 
-_LAST_WORDS = 600
+_LAST_LINES = 3
 
 
 class BenchEngineFailed(EngineError):
@@ -119,9 +119,15 @@ def end_process(process: subprocess.Popen[Any], patience_s: float = 10) -> None:
 
 
 def read_last_words(errors: IO[bytes]) -> str:
-    """The end of what a process wrote to standard error."""
+    """The last lines a process wrote to standard error, where Python puts what went wrong."""
     errors.seek(0)
-    return errors.read().decode(errors="replace")[-_LAST_WORDS:].strip()
+    return get_last_lines(errors.read().decode(errors="replace"))
+
+
+def get_last_lines(text: str) -> str:
+    """The last lines that are not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-_LAST_LINES:])
 
 
 def get_peak_bytes(process: int) -> int:

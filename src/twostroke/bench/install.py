@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from twostroke.bench.engines import get_last_lines
+
 _LLAMA_CPP = "llama-cpp-python==0.3.36"
 _TORCH = "torch==2.13.0"
 _STAMP = "stamp"
 _FAILURE = "failure.txt"
-_LAST_WORDS = 600
 
 _SERVER_SWITCHES = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -52,7 +53,9 @@ class Peer:
 
 PEERS = {
     "llama.cpp": Peer(".venv-peers", (_LLAMA_CPP,), builds=("llama-cpp-python",)),
-    "llama-server": Peer(".venv-peers-server", (_LLAMA_CPP,), server=True),
+    "llama-server": Peer(
+        ".venv-peers-server", (_LLAMA_CPP,), builds=("llama-cpp-python",), server=True
+    ),
     "openvino": Peer(".venv-peers-openvino", ("openvino-genai==2026.4.1.0",)),
     "transformers": Peer(
         ".venv-peers-transformers",
@@ -93,8 +96,9 @@ def install(peer: Peer, root: Path) -> str:
             build_environment(peer, folder)
     except (subprocess.CalledProcessError, OSError) as error:
         words = getattr(error, "stderr", "") or str(error)
-        (folder / _FAILURE).write_text(words[-_LAST_WORDS:].strip())
-        return f"could not be installed: {words[-_LAST_WORDS:].strip()}"
+        reason = get_last_lines(words)
+        (folder / _FAILURE).write_text(reason)
+        return f"could not be installed: {reason}"
     (folder / _FAILURE).unlink(missing_ok=True)
     stamp.write_text(wanted)
     return f"installed {', '.join(peer.requirements)}"
@@ -122,7 +126,9 @@ def build_server(peer: Peer, folder: Path) -> None:
     """llama.cpp's own server, from the source that llama-cpp-python carries."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        download = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--dest", name]
+        # Of this package the source, of what describes it the binaries: else CMake is compiled too.
+        compiled = [f"--no-binary={name}" for name in peer.builds]
+        download = ["download", "--quiet", "--no-deps", *compiled, "--dest", name]
         run([sys.executable, "-m", "pip", *download, *peer.requirements])
         [archive] = work.glob("*.tar.gz")
         with tarfile.open(archive) as opened:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from twostroke.bench.engines import EngineCommand
+from twostroke.bench.engines import EngineCommand, get_last_lines
 from twostroke.bench.install import PEERS, explain_absence
 from twostroke.bench.workloads import CHUNK, CONTEXT
 from twostroke.errors import EngineError
@@ -31,7 +31,6 @@ ROWS = 64  # requests that a server takes at once
 # 224 tokens/s in a burst of 64, and 63 with all slots in one cache: it gets the best of these.
 SLOTS = 32
 SLOT_TOKENS = 1024
-_LAST_WORDS = 600
 
 
 class PeerAbsent(EngineError):
@@ -101,7 +100,7 @@ class Lineup:
         command = [python, get_script(script), str(self.model), str(target), *more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PeerAbsent(f"{script} failed: {done.stderr[-_LAST_WORDS:].strip()}")
+            raise PeerAbsent(f"{script} failed: {get_last_lines(done.stderr)}")
         return target
 
 

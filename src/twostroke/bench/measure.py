@@ -15,7 +15,7 @@ from typing import Any
 
 from twostroke.bench.engines import BenchEngine, BenchEngineFailed
 from twostroke.bench.lineup import OURS
-from twostroke.bench.results import Measurement, Sample, count_agreeing
+from twostroke.bench.results import Measurement, Sample, compare_tokens
 from twostroke.bench.workloads import Workload, get_floor, make_request
 from twostroke.errors import TwostrokeError
 from twostroke.spec.device import DeviceSpec
@@ -76,7 +76,7 @@ class Bench:
         self._learn(workload, result)
         for name in tokens:
             if name != OURS and OURS in tokens:
-                result.agreed[name] = count_agreeing(tokens[OURS], tokens[name])
+                result.agreed[name] = compare_tokens(tokens[OURS], tokens[name])
         return result
 
     def _choose(

@@ -49,9 +49,7 @@ def draw(result: ModelResult, path: Path) -> None:
     for axes, panel in zip(rows[:, 0], panels, strict=True):
         panel(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{result.file}: share of this machine's limit; tokens per second above the bars"
-    )
+    figure.suptitle(result.file)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -66,6 +64,7 @@ def _draw_shares(axes: Any, measurements: Sequence[Measurement]) -> None:
             labels.append(f"{one.get_rate(engine)[0]:,.0f}" if has else "")
         _draw_bars(axes, (index, len(engines)), engine, shares, labels)
     _name_groups(axes, [one.name for one in measurements])
+    axes.set_title("Share of this machine's limit; tokens per second above the bars", fontsize=10)
     axes.set_ylabel("share of the limit, %")
     axes.set_ylim(0, 100)
 
@@ -91,6 +90,7 @@ def _draw_served(axes: Any, result: ModelResult) -> None:
             labels.append(f"{middle:,.3g}" if middle < 100 else f"{middle:,.0f}" if values else "")
         _draw_bars(axes, (index, len(engines)), engine, heights, labels)
     _name_groups(axes, [name for _, _, name in groups])
+    axes.set_title("Served: the first group is better high, the others low", fontsize=10)
     axes.set_ylabel("of the largest in each group, %")
     axes.set_ylim(0, 115)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from twostroke.bench.bars import Verdict, judge
 from twostroke.bench.lineup import ENGINES, OURS
-from twostroke.bench.results import Measurement, ModelResult
+from twostroke.bench.results import Agreement, Measurement, ModelResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -145,12 +145,16 @@ def _make_table(title: str) -> Table:
 
 
 def list_agreement(result: ModelResult) -> list[str]:
-    """A line for each peer: how many leading greedy tokens of all workloads equal ours."""
+    """A line for each peer: how its greedy tokens compare with ours."""
     lines = []
     for name in get_measured_peers(result.measurements):
         pairs = [one.agreed[name] for one in result.measurements if name in one.agreed]
-        equal, total = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        lines.append(f"{name}: {equal:,} of {total:,} leading greedy tokens equal ours")
+        both = sum(pairs, Agreement(0, 0, 0, 0))
+        if both.rows:
+            lines.append(
+                f"{name}: first greedy token equal to ours in {both.first_equal} of {both.rows} "
+                f"rows, {both.leading_equal:,} of {both.tokens:,} leading tokens equal"
+            )
     return lines
 
 

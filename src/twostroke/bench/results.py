@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from twostroke.bench.lineup import OURS
@@ -19,18 +19,39 @@ class Sample:
     floor: float
 
 
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """A peer's greedy tokens beside ours: rows that begin alike, and leading tokens that are equal.
+
+    Once a row has one other token, what follows is another text, so only leading tokens count.
+    """
+
+    first_equal: int
+    rows: int
+    leading_equal: int
+    tokens: int
+
+    def __add__(self, other: Agreement) -> Agreement:
+        """Both together."""
+        return Agreement(
+            self.first_equal + other.first_equal,
+            self.rows + other.rows,
+            self.leading_equal + other.leading_equal,
+            self.tokens + other.tokens,
+        )
+
+
 @dataclass(slots=True)
 class Measurement:
     """One workload's samples by engine.
 
-    agreed: by peer, how many leading greedy tokens equal ours, of how many. missing: by engine, why
-    it was not measured.
+    agreed: by peer, how its tokens compare with ours. missing: by engine, why it was not measured.
     """
 
     name: str
     timed_tokens: int
     samples: dict[str, list[Sample]] = field(default_factory=dict)
-    agreed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    agreed: dict[str, Agreement] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     def get_rate(self, engine: str) -> tuple[float, float, float]:
@@ -60,7 +81,7 @@ class Measurement:
             }
             if engine != OURS and OURS in self.samples:
                 row[engine]["ratio"] = self.get_ratio(engine)
-                row[engine]["leading_tokens_equal"] = self.agreed.get(engine)
+                row[engine]["agreement"] = asdict(self.agreed[engine])
         if self.missing:
             row["not_measured"] = self.missing
         return row
@@ -129,14 +150,14 @@ def summarise(values: Sequence[float]) -> Mapping[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def count_agreeing(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[int, int]:
-    """How many leading tokens are equal, of how many; lists of rows are added up."""
+def compare_tokens(ours: Sequence[Any], theirs: Sequence[Any]) -> Agreement:
+    """How the tokens of one row, or of a list of rows, compare."""
     if ours and isinstance(ours[0], list):
-        pairs = [count_agreeing(mine, other) for mine, other in zip(ours, theirs, strict=True)]
-        return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        rows = [compare_tokens(mine, other) for mine, other in zip(ours, theirs, strict=True)]
+        return sum(rows, Agreement(0, 0, 0, 0))
     equal = 0
     for mine, other in zip(ours, theirs, strict=False):
         if mine != other:
             break
         equal += 1
-    return equal, len(ours)
+    return Agreement(int(equal > 0), 1, equal, len(ours))

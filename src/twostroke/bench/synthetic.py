@@ -71,6 +71,9 @@ def write_synthetic(shape: Shape, name: str, path: Path) -> None:
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab)
+    # Keys that our reader and llama.cpp do without, and OpenVINO's does not.
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, shape.vocab)
     for tensor, extents, fmt in list_tensors(shape):
         if fmt is Format.F32:
@@ -158,6 +161,9 @@ def _add_vocabulary(writer: object, size: int) -> None:
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_unk_token_id(1)
+    writer.add_pad_token_id(1)
+    writer.add_add_bos_token(False)
 
 
 def get_byte_letters() -> list[str]:
