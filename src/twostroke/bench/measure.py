@@ -1,9 +1,10 @@
 """Measures: engines turn by turn, round after round, limits measured in each round.
 
-In each round the machine's limits are measured, then every engine runs the workload once, in an
-order that alternates. The first round warms and does not count. An engine that has spent its
-seconds on a workload is not asked again, and one that spent them all in the first round is
-measured by it. Our tokens must be the same in every round, and in every batch.
+In each round every engine runs the workload once, in an order that alternates, and the machine's
+limits are measured right before our turn: on a shared machine they change within seconds. The first
+round warms and does not count. An engine that has spent its seconds on a workload is not asked
+again, and one that spent them all in the first round is measured by it. Our tokens must be the same
+in every round, and in every batch.
 """
 
 from __future__ import annotations
@@ -60,19 +61,22 @@ class Bench:
             asked = self._choose(workload, spent, result)
             if not asked:
                 break
-            device = self.measure_limits()
-            floor = get_floor(self.spec, workload, device)
+            floor, seconds = 0.0, {}
             for engine in asked if turn % 2 else asked[::-1]:
+                if engine.name == OURS:
+                    floor = get_floor(self.spec, workload, self.measure_limits())
                 begin = time.perf_counter()
                 answer = self._ask(engine, request, result)
                 if answer is None:
                     continue
                 spent[engine.name] = spent.get(engine.name, 0.0) + time.perf_counter() - begin
                 if turn or spent[engine.name] > self.pace.budget_s:
-                    sample = Sample(answer["seconds"], floor)
-                    result.samples.setdefault(engine.name, []).append(sample)
+                    seconds[engine.name] = answer["seconds"]
                 self._check(workload, engine, tokens.get(engine.name), answer["tokens"])
                 tokens[engine.name] = answer["tokens"]
+            floor = floor or get_floor(self.spec, workload, self.measure_limits())
+            for name, taken in seconds.items():
+                result.samples.setdefault(name, []).append(Sample(taken, floor))
         self._learn(workload, result)
         for name in tokens:
             if name != OURS and OURS in tokens:
