@@ -81,6 +81,7 @@ class _EngineWork:
     def pump(self) -> float | None:
         self._loop.pump()
         self._record_gauges()
+        self._loop.lend_thread()
         due_ns = self._loop.next_wake_ns
         if due_ns is None:
             return None
