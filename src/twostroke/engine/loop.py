@@ -2,8 +2,8 @@
 
 It is a synchronous machine: time comes from the clock it is given, answers arrive in an inbox
 that any thread may fill, and nothing happens but inside a call. A thread drives it in production
-and a virtual clock in simulation. `pump` must never block; it must never ask the scheduler twice about
-one answer: each belongs to one flight of one executor generation, and late, repeated or stray
+and a virtual clock in simulation. `pump` must never block, and must never ask the scheduler twice
+about one answer: each belongs to one flight of one executor generation, and late, repeated or stray
 answers are refused. It keeps true that every accepted request gets its endings, whatever the
 executor does.
 """

@@ -123,22 +123,24 @@ def build_results(
 ) -> tuple[RowResult, ...]:
     """One result per row, in order; drawn and scored answer the layout's positions, in parts."""
     tokens = [token for part in drawn for token in part.tokens.tolist()]
-    wants_logprobs = any(row.sampling and row.sampling.logprobs is not None for row in rows)
-    draws = _get_entries(drawn) if wants_logprobs else []
+    draws: list[TokenLogprob] | None = None  # made when the first row asks for them
     scores = iter(_get_entries(scored))
     results = []
     at = 0
     for row in rows:
         spec = row.sampling
-        known = tuple(_cut(next(scores), row.scored_top) for _ in row.scored)
+        known = tuple([_cut(next(scores), row.scored_top) for _ in row.scored])
         if spec is None:
             results.append(RowResult(row.sequence, scored=known))
             continue
-        accepted = _count_accepted(row, tokens, at)
-        new = slice(at, at + accepted + 1)
+        accepted = _count_accepted(row, tokens, at) if row.drafts else 0
+        end = at + accepted + 1
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if spec.logprobs is not None:
+            draws = draws or _get_entries(drawn)
+            logprobs = tuple([_cut(entry, spec.logprobs) for entry in draws[at:end]])
+        results.append(RowResult(row.sequence, tuple(tokens[at:end]), accepted, logprobs, known))
         at += row.drafts + 1
-        logprobs = () if spec.logprobs is None else _cut_all(draws[new], spec.logprobs)
-        results.append(RowResult(row.sequence, tuple(tokens[new]), accepted, logprobs, known))
     assert at == len(tokens), "the draws do not belong to these rows"
     return tuple(results)
 
@@ -215,14 +217,8 @@ def _cut(entry: TokenLogprob, count: int) -> TokenLogprob:
     return TokenLogprob(entry.token, entry.logprob, entry.top[:count])
 
 
-def _cut_all(entries: list[TokenLogprob], count: int) -> tuple[TokenLogprob, ...]:
-    return tuple(_cut(entry, count) for entry in entries)
-
-
 def _count_accepted(row: Row, tokens: list[Token], at: int) -> int:
     """How many leading drafts of a row are the tokens drawn in their places."""
-    if not row.drafts:
-        return 0
     drafts = row.tokens[len(row.tokens) - row.drafts :]
     for index, draft in enumerate(drafts):
         if tokens[at + index] != draft:
