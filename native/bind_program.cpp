@@ -161,6 +161,13 @@ void bind_recording(nb::class_<BoundProgram>& cls) {
              p.program.linear(weight, in, out, to_vector(bias), barrier);
            },
            nb::keep_alive<1, 2>())
+      .def("gated_linear",
+           [](P& p, const Matrix& gate, const Matrix& up, int in, int out, Floats gate_bias,
+              Floats up_bias, bool gelu, bool barrier) {
+             p.program.gated_linear(gate, up, in, out, to_vector(gate_bias), to_vector(up_bias),
+                                    gelu, barrier);
+           },
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("rms_norm",
            [](P& p, int in, int out, Floats weight, int groups, float eps, bool barrier) {
              p.program.rms_norm(in, out, to_vector(weight), groups, eps, barrier);

@@ -99,4 +99,4 @@ struct Dot {
   }
 };
 
-constexpr int kRowTile = 8;  // rows one unpacking of the weights serves
+constexpr bool kUnpackWhole = true;  // two tiles of a block fit the registers

@@ -139,4 +139,4 @@ struct Dot {
   }
 };
 
-constexpr int kRowTile = 4;  // rows one unpacking of the weights serves
+constexpr bool kUnpackWhole = false;  // whether two tiles' blocks fit the registers
