@@ -19,11 +19,15 @@ constexpr int kPanelRows = 64;
 constexpr int kPanelTiles = 2;
 constexpr int kPanelWidth = kPanelTiles * kLanes;
 
-// Asks for the block a few blocks on, beyond the reach of the processor's own prefetching; used
-// where weights stream from memory for few rows.
+// Ask for the weights some way on, beyond the reach of the processor's own prefetching, where they
+// stream from memory for few rows: a single row wants them at once, a panel with its next tiles.
 template <int STRIDE>
-inline void prefetch_ahead(const uint8_t* block) {
+inline void prefetch_row(const uint8_t* block) {
   for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + kPrefetchBytes + line);
+}
+template <int STRIDE>
+inline void prefetch_panel(const uint8_t* block, size_t ahead) {
+  for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + ahead + line, 0, 2);
 }
 
 template <Format FORMAT>
@@ -79,7 +83,7 @@ inline void sum_rows(const LinearArgs& args, const uint8_t* tile, int row, float
   for (size_t b = 0; b < blocks; ++b) {
     const uint8_t* unit = get_unit<FORMAT>(tile, b);
     const uint8_t* block = get_block<FORMAT>(unit, b);
-    if constexpr (ROWS <= 2) prefetch_ahead<T::STRIDE>(block);
+    if constexpr (ROWS <= 2) prefetch_row<T::STRIDE>(block);
     const Scales scales = load_scales<FORMAT>(unit, block);
     const int8_t* q = x.q + row * inputs + b * kBlock;
     Dot<T::BITS> dots[ROWS][T::HALVES];
@@ -159,7 +163,7 @@ inline void sum_unpacked(const LinearArgs& args, int tile_index, int first, int 
     for (int t = 0; t < TILES; ++t) {
       const uint8_t* unit = get_unit<FORMAT>(tile + t * tile_bytes, b);
       const uint8_t* block = get_block<FORMAT>(unit, b);
-      if (streams) prefetch_ahead<T::STRIDE>(block);
+      if (streams) prefetch_panel<T::STRIDE>(block, TILES * tile_bytes);
       scales[t] = load_scales<FORMAT>(unit, block);
       load_groups<FORMAT, 0>(block, weights[t][0], weights[t][4]);
       load_groups<FORMAT, 1>(block, weights[t][1], weights[t][5]);
