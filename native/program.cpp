@@ -321,7 +321,8 @@ void Program::build_schedule(int window, Schedule& schedule) const {
   }
 }
 
-void Program::run_body(const StepView& step) {
+void Program::prepare_body(const StepView& step) {
+  for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
   step_ = step;
   num_tokens_ = static_cast<int>(step.tokens.size());
   in_head_ = false;
@@ -348,22 +349,42 @@ void Program::run_body(const StepView& step) {
   const size_t scratch = std::max(attention_scratch_floats(max_group_, kv_.head_dim),
                                   segments * partial_floats(kv_.head_dim));
   for (auto& buffer : scratch_) buffer.resize(std::max(buffer.size(), scratch));
-  run(body_);
 }
 
-void Program::run_head(std::span<const int32_t> logit_rows) {
+void Program::prepare_head(std::span<const int32_t> logit_rows) {
   if (static_cast<int>(logit_rows.size()) > max_logit_rows_) {
     throw std::invalid_argument("more logit rows than the program was made for");
   }
   logit_rows_.assign(logit_rows.begin(), logit_rows.end());
   num_logit_rows_ = static_cast<int>(logit_rows.size());
-  in_head_ = true;
-  run(head_);
 }
 
-void Program::run(std::vector<Op>& ops) {
+void Program::run_body(const StepView& step) {
+  prepare_body(step);
+  pool_.parallel([&](int thread, int threads) { walk(body_, thread, threads); });
+}
+
+void Program::run_head(std::span<const int32_t> logit_rows) {
   for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
-  pool_.parallel([&](int thread, int threads) { walk(ops, thread, threads); });
+  prepare_head(logit_rows);
+  in_head_ = true;
+  pool_.parallel([&](int thread, int threads) { walk(head_, thread, threads); });
+}
+
+void Program::run_step(const StepView& step, std::span<const int32_t> logit_rows,
+                       const std::function<void(int, int)>& finish) {
+  prepare_body(step);
+  prepare_head(logit_rows);
+  pool_.parallel([&](int thread, int threads) {
+    walk(body_, thread, threads);
+    if (logit_rows.empty()) return;
+    pool_.barrier();
+    if (thread == 0) in_head_ = true;
+    pool_.barrier();
+    walk(head_, thread, threads);
+    pool_.barrier();
+    finish(thread, threads);
+  });
 }
 
 void Program::walk(std::vector<Op>& ops, int thread, int threads) {

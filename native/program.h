@@ -65,6 +65,10 @@ class Program {
   void run_body(const StepView& step);
   // Runs the head for these positions of the last body; at most max_logit_rows of them.
   void run_head(std::span<const int32_t> logit_rows);
+  // Both without a pause, then `finish` on every thread over the finished logits. Without logit
+  // rows it runs the body only.
+  void run_step(const StepView& step, std::span<const int32_t> logit_rows,
+                const std::function<void(int, int)>& finish);
 
   float* row(int buffer, int index);
   int width(int buffer) const { return buffers_[buffer].width; }
@@ -114,8 +118,9 @@ class Program {
   };
 
   void record(std::string name, bool barrier, std::function<void(int, int)> run);
+  void prepare_body(const StepView& step);
+  void prepare_head(std::span<const int32_t> logit_rows);
   void record_rows(std::string name, bool barrier, std::function<void(int, int)> rows);
-  void run(std::vector<Op>& ops);
   void walk(std::vector<Op>& ops, int thread, int threads);
   std::atomic<int>& add_counter();
   void attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next, int thread);
