@@ -116,45 +116,58 @@ struct Group {
   }
 };
 
-// p[i][key] = q[vector + i] . k[key] for whole blocks around the group's keys.
+// p[i][key] = q[vector + i] . k[key] for the keys of COLUMNS blocks.
+template <bool HALF, int N, int COLUMNS>
+inline void score_blocks(const Unit& unit, const Segment& segment, int vector, int block) {
+  constexpr int BYTES = COLUMNS * kLanes * (HALF ? 2 : 4);  // read for one dimension
+  const int dim = unit.head_dim;
+  const float* q = unit.q + static_cast<size_t>(vector) * dim;
+  F sums[N][COLUMNS];
+  const uint8_t* k[COLUMNS];
+#pragma GCC unroll 8
+  for (int c = 0; c < COLUMNS; ++c) {
+    k[c] = segment.keys(block + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sums[i][c] = F::set(0.0f);
+  }
+  for (int part = 0, d = 0; part < COLUMNS; ++part) {
+    const uint8_t* ahead = segment.stream[block + part + kAheadBlocks];
+    for (const int stop = d + dim / COLUMNS; d < stop; ++d, ahead += BYTES) {
+      prefetch<BYTES>(ahead);
+      F column[COLUMNS];
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; ++c) {
+        column[c] = load_kv<HALF>(k[c], static_cast<size_t>(d) * kLanes);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const F value = F::set(q[i * dim + d]);
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; ++c) sums[i][c] = fma(value, column[c], sums[i][c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) {
+      sums[i][c].store(unit.p + i * kSegmentKeys + (block + c) * kLanes);
+    }
+  }
+}
+
+// Scores of all blocks that hold keys any of the group sees, and perhaps of one more.
 template <bool HALF, int N>
 inline void score(const Unit& unit, const Segment& segment, const Group<N>& group) {
-  constexpr int BYTES = kColumns * kLanes * (HALF ? 2 : 4);  // read for one dimension
-  const int dim = unit.head_dim;
-  const float* q = unit.q + static_cast<size_t>(group.vector) * dim;
-  const int first = group.first / kLanes / kColumns * kColumns;
-  for (int block = first; block * kLanes < group.last; block += kColumns) {
-    F sums[N][kColumns];
-    const uint8_t* k[kColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
-      k[c] = segment.keys(block + c);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i][c] = F::set(0.0f);
-    }
-    for (int part = 0, d = 0; part < kColumns; ++part) {
-      const uint8_t* ahead = segment.stream[block + part + kAheadBlocks];
-      for (const int stop = d + dim / kColumns; d < stop; ++d, ahead += BYTES) {
-        prefetch<BYTES>(ahead);
-        F column[kColumns];
-#pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) {
-          column[c] = load_kv<HALF>(k[c], static_cast<size_t>(d) * kLanes);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) {
-          const F value = F::set(q[i * dim + d]);
-#pragma GCC unroll 8
-          for (int c = 0; c < kColumns; ++c) sums[i][c] = fma(value, column[c], sums[i][c]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) {
-        sums[i][c].store(unit.p + i * kSegmentKeys + (block + c) * kLanes);
-      }
+  constexpr int FEW = kColumns > 1 ? kColumns / 2 : 1;
+  const int last = (group.last + kLanes - 1) / kLanes;
+  for (int block = group.first / kLanes / kColumns * kColumns; block < last;) {
+    if (last - block > FEW) {
+      score_blocks<HALF, N, kColumns>(unit, segment, group.vector, block);
+      block += kColumns;
+    } else {
+      score_blocks<HALF, N, FEW>(unit, segment, group.vector, block);
+      block += FEW;
     }
   }
 }
