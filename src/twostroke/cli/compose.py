@@ -28,7 +28,7 @@ from twostroke.exec.build import build_executor
 from twostroke.exec.local import RunnerSizes
 from twostroke.text.chat import ChatTemplate, build_chat_template
 from twostroke.text.tokenizer import Tokenizer, build_tokenizer
-from twostroke.weights.catalog import resolve
+from twostroke.weights.catalog import get_cache_dir, resolve
 from twostroke.weights.load import OpenModel, open_model
 
 
@@ -62,7 +62,7 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
             block_tokens=settings.block_tokens,
             max_step_tokens=settings.step_tokens,
         )
-        executor = build_executor(model, settings.backend, sizes)
+        executor = build_executor(model, settings.backend, sizes, get_cache_dir() / "packed")
         undo.callback(executor.close)
         config = SchedulerConfig(
             num_blocks=settings.num_blocks,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from twostroke.errors import CorruptModel, UnsupportedModel
 from twostroke.spec.quant import Format
-from twostroke.weights.mapping import map_file
+from twostroke.weights.mapping import FileIdentity, map_file
 
 
 class ValueType(enum.IntEnum):
@@ -89,6 +89,7 @@ class GGUFFile:
     entries: Mapping[str, Entry]
     tensors: Mapping[str, TensorInfo]
     mapping: mmap
+    identity: FileIdentity
 
     @property
     def file_bytes(self) -> int:
@@ -131,7 +132,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises: CorruptModel for a truncated or lying file, UnsupportedModel for a version, value or
     tensor type we do not read, UnknownModel if it cannot be opened.
     """
-    mapping = map_file(path, least_bytes=_HEADER.size)
+    mapping, identity = map_file(path, least_bytes=_HEADER.size)
     cursor = _Cursor(path, mapping)
     version, num_tensors, num_pairs = _read_header(cursor)
     cursor.check_count(num_pairs, _LEAST_PAIR_BYTES, "metadata pairs")
@@ -153,7 +154,7 @@ def read_gguf(path: Path) -> GGUFFile:
         tensors[info.name] = info
     tensors = _place_tensors(cursor, tensors, alignment)
     proxy = MappingProxyType
-    return GGUFFile(path, version, alignment, proxy(entries), proxy(tensors), mapping)
+    return GGUFFile(path, version, alignment, proxy(entries), proxy(tensors), mapping, identity)
 
 
 class _Cursor:

@@ -25,14 +25,15 @@ ModelSource = GGUFModel | SafetensorsModel
 class OpenModel:
     """A model whose facts are known and whose weights are mapped.
 
-    path: what was opened. spec: its facts. file_bytes: size of the weight files. unused_bytes:
-    tensor bytes in them the model does not need (a tied head's copy, a vision tower), so that
-    spec.weight_bytes + unused_bytes is every tensor byte stored.
+    path: what was opened. spec: its facts. identities: the weight files. file_bytes: their size.
+    unused_bytes: tensor bytes in them the model does not need (a tied head's copy, a vision tower),
+    so that spec.weight_bytes + unused_bytes is every tensor byte stored.
     """
 
     def __init__(self, path: Path, source: ModelSource) -> None:
         self.path = path
         self.spec = source.spec
+        self.identities = source.identities
         self.file_bytes = source.file_bytes
         self.unused_bytes = source.unused_bytes
         self._source: ModelSource | None = source
