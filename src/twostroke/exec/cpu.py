@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import UnsupportedModel
-from twostroke.exec.floats import make_ropes
+from twostroke.exec.floats import Ropes
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.exec.weights import load_weights
 from twostroke.kernels.cpu.recorder import LANES, Recorder
@@ -57,7 +57,8 @@ class CpuRunner:
         self._program = Program(
             self._pool, isa, kv, kv_shape, True, sizes.max_step_tokens, MAX_LOGIT_ROWS
         )
-        self._logits = record(spec, self._program, weights, make_ropes(spec, tensors, sizes))
+        self._ropes = Ropes(spec, tensors, sizes)
+        self._logits = record(spec, self._program, weights, self._ropes.tables)
         self._backend = f"cpu ({kernels_name(isa)})"
         self._weight_bytes = sum(
             weight.bytes if isinstance(weight, PackedMatrix) else weight.values.nbytes
@@ -70,6 +71,7 @@ class CpuRunner:
 
     def run_layers(self, step: StepArrays) -> None:
         """Computes the step's layers and writes its KV."""
+        self._ropes.fill(step.positions)
         self._program.run_body(step.tokens, step.positions, step.row_offsets, step.block_tables)
 
     def get_logits(self, rows: I32) -> F32:
