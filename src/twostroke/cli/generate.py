@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from twostroke.cli.answer import AnswerWriter, build_params
-from twostroke.cli.compose import LLM
-from twostroke.cli.limits import format_device, get_stroke_floors, measure_device
+from twostroke.cli.compose import LLM, BuiltEngine
 from twostroke.cli.options import GenerateOptions, MachineOptions, SamplingOptions
-from twostroke.cli.strokes import Stroke, build_table, describe, get_strokes, measure
-from twostroke.cli.summary import format_summary
+from twostroke.cli.settings import EngineSettings
+from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import Completion
 from twostroke.errors import InvalidParameter
-from twostroke.spec.device import DeviceSpec
+
+if TYPE_CHECKING:
+    from twostroke.cli.strokes import Stroke
+    from twostroke.spec.device import DeviceSpec
 
 
 def run_generate(
@@ -27,8 +29,17 @@ def run_generate(
     """Answer one prompt. Raises TwostrokeError."""
     prompt = read_prompt(generation.prompt, sys.stdin)
     params = build_params(sampling)
-    with LLM(model, threads=on.threads, backend=on.backend, max_rows=1) as llm:
+    settings = EngineSettings(
+        model=model,
+        threads=on.threads,
+        backend=on.backend,
+        max_rows=1,
+        has_chat=generation.chat is not False,
+    )
+    with LLM.from_settings(settings) as llm:
         if generation.verbose:
+            from twostroke.cli.summary import format_summary
+
             print(format_summary(llm.built), file=sys.stderr)
         before = llm.stats()
         if should_use_template(generation.chat, llm):
@@ -39,14 +50,27 @@ def run_generate(
         for delta in deltas:
             writer.take(delta)
         writer.end_line()
-        measured = measure(before, llm.stats())
-        device = measure_device(llm.built.settings.threads)
-        strokes = get_strokes(measured, *get_stroke_floors(llm.built, measured, device))
+        strokes, device = measure_strokes(llm.built, before, llm.stats())
     answer = writer.get_completion()
     if generation.json:
         print(json.dumps(describe_answer(model, answer, strokes)))
     else:
         print_strokes(strokes, answer, device)
+
+
+def measure_strokes(
+    built: BuiltEngine, before: EngineStats, after: EngineStats
+) -> tuple[tuple[Stroke, Stroke], DeviceSpec]:
+    """Both strokes of the one request between two statistics, and the limits measured now.
+
+    What this needs is imported here, when the answer is out.
+    """
+    from twostroke.cli.limits import get_stroke_floors, measure_device
+    from twostroke.cli.strokes import get_strokes, measure
+
+    measured = measure(before, after)
+    device = measure_device(built.settings.threads)
+    return get_strokes(measured, *get_stroke_floors(built, measured, device)), device
 
 
 def read_prompt(given: str | None, standard_input: TextIO) -> str:
@@ -73,6 +97,8 @@ def describe_answer(
     model: str, answer: Completion, strokes: tuple[Stroke, Stroke]
 ) -> dict[str, object]:
     """The answer and its strokes as plain values, for JSON."""
+    from twostroke.cli.strokes import describe
+
     return {
         "model": model,
         "text": answer.text,
@@ -85,6 +111,9 @@ def describe_answer(
 def print_strokes(strokes: tuple[Stroke, Stroke], answer: Completion, device: DeviceSpec) -> None:
     """The table, and a hint where the answer was cut; to standard error."""
     from rich.console import Console
+
+    from twostroke.cli.limits import format_device
+    from twostroke.cli.strokes import build_table
 
     console = Console(stderr=True, highlight=False)
     console.print(build_table(*strokes))

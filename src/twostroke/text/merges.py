@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import os
 import struct
-import tempfile
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -231,6 +230,8 @@ def _read(path: Path, num_tokens: int) -> list[Cuts]:
 
 
 def _write(path: Path, cuts: Cuts) -> None:
+    import tempfile  # of use at a model's first start only
+
     body = cuts.tokens.tobytes() + cuts.positions.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -20,7 +20,6 @@ import hashlib
 import logging
 import mmap
 import os
-import secrets
 import struct
 import time
 import zlib
@@ -88,7 +87,7 @@ class PackedFiles:
             return None
         fingerprint = self._get_fingerprint(layout)
         path = self._get_path(fingerprint)
-        draft = path.with_suffix(f".{secrets.token_hex(4)}")
+        draft = path.with_suffix(f".{os.urandom(4).hex()}")
         try:
             self._check_kept(_PAGE + size)
             self.folder.mkdir(parents=True, exist_ok=True)
