@@ -128,7 +128,8 @@ def test_both_strokes_have_their_floor(model_file: Path) -> None:
         before = llm.stats()
         llm.generate([PROMPT], PARAMS)
         measured = measure(before, llm.stats())
-        floors = get_stroke_floors(llm.built, measured, measure_device(1))
+        spec, settings = llm.built.parts.spec, llm.built.settings
+        floors = get_stroke_floors(spec, settings, measured, measure_device(1))
     prefill, decode = get_strokes(measured, *floors)
     assert (prefill.tokens, decode.tokens) == (5, 6)
     assert prefill.share is not None

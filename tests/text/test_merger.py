@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from twostroke.spec.vocabulary import Texts, Vocabulary
 from twostroke.text import merger
-from twostroke.text.merger import find_occurring
+from twostroke.text.merger import find_tokens
 from twostroke.text.tokenizer import Tokenizer, build_tokenizer
 from vocabularies import END, START, make_byte_bpe, make_sentencepiece
 
@@ -60,24 +60,46 @@ def test_a_part_gives_the_ids_of_the_whole(name: str, texts: list[str], parse: b
 
 def test_short_texts_never_build_the_whole_and_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    monkeypatch.setattr(merger.Merger, "prepare", lambda self: built.append("whole"))
+    prepare = merger.Merger.prepare
+
+    def note(self: merger.Merger) -> None:
+        built.append("whole")
+        prepare(self)
+
+    monkeypatch.setattr(merger.Merger, "prepare", note)
     lazy = build_tokenizer(VOCABULARIES["byte-level"])
-    lazy.encode("the world")
+    for _ in range(3):
+        lazy.encode("the world")
     lazy.encode("")
     assert built == []
-    with pytest.raises(IndexError):  # there is no whole to go on with
-        lazy.encode("the " * merger.PART_CHARS)
+    lazy.encode("the " * lazy.vocab_size)
     assert built == ["whole"]
 
 
-def test_a_text_may_be_longer_than_any_part() -> None:
-    lazy, whole = make_pair(VOCABULARIES["byte-level"])
-    text = " the world" * merger.PART_CHARS
+@pytest.mark.parametrize("name", list(VOCABULARIES))
+def test_a_long_text_has_the_same_ids_as_ever(name: str) -> None:
+    lazy, whole = make_pair(VOCABULARIES[name])
+    text = " the world, été" * 400
+    assert lazy.encode("the") == whole.encode("the")
     assert lazy.encode(text) == whole.encode(text)
     assert lazy.encode("the") == whole.encode("the")
 
 
 @given(st.lists(st.text("abc é", max_size=12), max_size=30), st.text("abc é", max_size=40))
-def test_exactly_the_tokens_that_occur_are_found(tokens: Sequence[str], text: str) -> None:
-    expected = [index for index, token in enumerate(tokens) if token and token in text]
-    assert find_occurring(Texts.join(tokens), text) == expected
+def test_all_tokens_that_occur_are_found(tokens: Sequence[str], text: str) -> None:
+    found = find_tokens(Texts.join(tokens), text)
+    assert {index for index, token in enumerate(tokens) if token and token in text} <= set(found)
+    assert found == sorted(found)
+
+
+@given(st.text("abé", min_size=1, max_size=8), st.text("abcé ", max_size=12))
+def test_with_a_token_all_parts_of_it_are_found(token: str, text: str) -> None:
+    parts = [token[start:end] for end in range(len(token) + 1) for start in range(end)]
+    found = find_tokens(Texts.join([token, *parts]), text)
+    assert 0 not in found or found == list(range(len(parts) + 1))
+
+
+def test_few_others_are_found() -> None:
+    words = [f"{first}{second}x{third}" for first in "abcd" for second in "efgh" for third in "ij"]
+    found = find_tokens(Texts.join(words), "aexi bfxj")
+    assert [words[index] for index in found] == ["aexi", "bfxj"]

@@ -6,21 +6,36 @@ table go to standard error, so that the answer can be piped on.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from twostroke.cli.answer import AnswerWriter, build_params
-from twostroke.cli.compose import LLM, BuiltEngine
+from twostroke.cli.compose import LLM
 from twostroke.cli.options import GenerateOptions, MachineOptions, SamplingOptions
-from twostroke.cli.settings import EngineSettings
+from twostroke.cli.settings import EngineSettings, ResolvedSettings
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import Completion
+from twostroke.engine.params import SamplingParams
 from twostroke.errors import InvalidParameter
+from twostroke.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from twostroke.cli.strokes import Stroke
     from twostroke.spec.device import DeviceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer, the engine's counts before and after it, and what the engine ran with."""
+
+    completion: Completion
+    before: EngineStats
+    after: EngineStats
+    spec: ModelSpec
+    settings: ResolvedSettings
 
 
 def run_generate(
@@ -29,14 +44,28 @@ def run_generate(
     """Answer one prompt. Raises TwostrokeError."""
     prompt = read_prompt(generation.prompt, sys.stdin)
     params = build_params(sampling)
-    settings = EngineSettings(
+    wanted = EngineSettings(
         model=model,
         threads=on.threads,
         backend=on.backend,
         max_rows=1,
         has_chat=generation.chat is not False,
     )
-    with LLM.from_settings(settings) as llm:
+    answered = answer_prompt(wanted, prompt, params, generation)
+    # The probes take memory of their own: the engine's goes first.
+    gc.collect()
+    strokes, device = measure_strokes(answered)
+    if generation.json:
+        print(json.dumps(describe_answer(model, answered.completion, strokes)))
+    else:
+        print_strokes(strokes, answered.completion, device)
+
+
+def answer_prompt(
+    wanted: EngineSettings, prompt: str, params: SamplingParams, generation: GenerateOptions
+) -> Answered:
+    """Start an engine, show the answer as it comes, and end the engine. Raises TwostrokeError."""
+    with LLM.from_settings(wanted) as llm:
         if generation.verbose:
             from twostroke.cli.summary import format_summary
 
@@ -50,27 +79,22 @@ def run_generate(
         for delta in deltas:
             writer.take(delta)
         writer.end_line()
-        strokes, device = measure_strokes(llm.built, before, llm.stats())
-    answer = writer.get_completion()
-    if generation.json:
-        print(json.dumps(describe_answer(model, answer, strokes)))
-    else:
-        print_strokes(strokes, answer, device)
+        spec, settings = llm.built.parts.spec, llm.built.settings
+        return Answered(writer.get_completion(), before, llm.stats(), spec, settings)
 
 
-def measure_strokes(
-    built: BuiltEngine, before: EngineStats, after: EngineStats
-) -> tuple[tuple[Stroke, Stroke], DeviceSpec]:
-    """Both strokes of the one request between two statistics, and the limits measured now.
+def measure_strokes(answered: Answered) -> tuple[tuple[Stroke, Stroke], DeviceSpec]:
+    """Both strokes of the answer, and this machine's limits, measured now.
 
     What this needs is imported here, when the answer is out.
     """
     from twostroke.cli.limits import get_stroke_floors, measure_device
     from twostroke.cli.strokes import get_strokes, measure
 
-    measured = measure(before, after)
-    device = measure_device(built.settings.threads)
-    return get_strokes(measured, *get_stroke_floors(built, measured, device)), device
+    measured = measure(answered.before, answered.after)
+    device = measure_device(answered.settings.threads)
+    floors = get_stroke_floors(answered.spec, answered.settings, measured, device)
+    return get_strokes(measured, *floors), device
 
 
 def read_prompt(given: str | None, standard_input: TextIO) -> str:
