@@ -70,7 +70,8 @@ class PackedFiles:
                 if os.fstat(file.fileno()).st_size != total:
                     return None
                 # Reading ahead goes on by itself while this process does other things.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
                 mapped = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_READ)
             weights = np.frombuffer(mapped, np.uint8, size, _PAGE)
             if mapped[: _HEADER.size] != _build_header(fingerprint, weights):
@@ -102,6 +103,8 @@ class PackedFiles:
 
     def _check_kept(self, total: int) -> None:
         """Raise OSError, saying why, where the file must not be kept."""
+        if not hasattr(os, "posix_fallocate"):
+            raise OSError("this system cannot reserve room for a file before it is written")
         if total > self.kept_bytes:
             raise OSError(f"{total} bytes are more than the {self.kept_bytes} kept of all models")
         now_ns = time.time_ns()
@@ -163,6 +166,8 @@ class Draft:
             return
         header = _build_header(self.fingerprint, self.memory)
         self.mapped[: len(header)] = header
+        # The pages stay in the file: they need not count twice when it is mapped anew.
+        self.mapped.madvise(mmap.MADV_DONTNEED)
         try:
             self.draft.replace(self.path)
         except OSError as error:
