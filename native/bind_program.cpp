@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "program.h"
+#include "sample_job.h"
 
 namespace nb = nanobind;
 using namespace twostroke;
@@ -80,12 +81,42 @@ struct BoundProgram {
     }
   }
 
-  void run_body(Ints tokens, Ints positions, Ints offsets, IntTable tables) {
+  // The arrays of a StepArrays (kernels/ops.py), checked.
+  StepView view_step(const Ints& tokens, const Ints& positions, const Ints& offsets,
+                     const IntTable& tables) const {
     check_step(tokens, positions, offsets, tables);
-    const StepView step{as_span(tokens), as_span(positions), as_span(offsets),
-                        {tables.data(), tables.size()}, static_cast<int>(tables.shape(1))};
+    return {as_span(tokens), as_span(positions), as_span(offsets),
+            {tables.data(), tables.size()}, static_cast<int>(tables.shape(1))};
+  }
+
+  void run_body(Ints tokens, Ints positions, Ints offsets, IntTable tables) {
+    const StepView step = view_step(tokens, positions, offsets, tables);
     nb::gil_scoped_release release;
     program.run_body(step);
+  }
+
+  // A whole step in one call: layers, the logits of `step.logit_rows` into buffer `logits`, and a
+  // token drawn from each as `arrays`, a SamplingArrays, says. Returns the fields of a Drawn.
+  nb::tuple run_step(nb::handle step, int logits, nb::handle arrays) {
+    const auto tokens = nb::cast<Ints>(step.attr("tokens"));
+    const auto positions = nb::cast<Ints>(step.attr("positions"));
+    const auto offsets = nb::cast<Ints>(step.attr("row_offsets"));
+    const auto tables = nb::cast<IntTable>(step.attr("block_tables"));
+    const auto rows = nb::cast<Ints>(step.attr("logit_rows"));
+    const StepView view = view_step(tokens, positions, offsets, tables);
+    require(static_cast<int>(rows.size()) <= max_logit_rows, "more logit rows than max_logit_rows");
+    for (size_t i = 0; i < rows.size(); ++i) {
+      require(rows(i) >= 0 && rows(i) < static_cast<int>(tokens.size()),
+              "a logit row is outside the step");
+    }
+    sampling::SampleJob job({program.row(logits, 0), program.stride(logits),
+                             static_cast<int64_t>(rows.size()), program.width(logits)},
+                            arrays);
+    {
+      nb::gil_scoped_release release;
+      program.run_step(view, as_span(rows), [&](int, int) { job.run(); });
+    }
+    return job.take();
   }
 
   void run_head(Ints rows) {
@@ -140,6 +171,13 @@ void bind_recording(nb::class_<BoundProgram>& cls) {
              p.program.linear(weight, in, out, to_vector(bias), barrier);
            },
            nb::keep_alive<1, 2>())
+      .def("gated_linear",
+           [](P& p, const Matrix& gate, const Matrix& up, int in, int out, Floats gate_bias,
+              Floats up_bias, bool gelu, bool barrier) {
+             p.program.gated_linear(gate, up, in, out, to_vector(gate_bias), to_vector(up_bias),
+                                    gelu, barrier);
+           },
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("rms_norm",
            [](P& p, int in, int out, Floats weight, int groups, float eps, bool barrier) {
              p.program.rms_norm(in, out, to_vector(weight), groups, eps, barrier);
@@ -199,6 +237,7 @@ void bind_program(nb::module_& m) {
           nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>())
       .def("run_body", &BoundProgram::run_body)
       .def("run_head", &BoundProgram::run_head)
+      .def("run_step", &BoundProgram::run_step)
       .def("view", [](nb::handle_t<BoundProgram> self, int buffer,
                       int rows) { return nb::cast<BoundProgram&>(self).view(self, buffer, rows); })
       .def("take_times", [](BoundProgram& p) { return p.program.take_times(); })

@@ -34,6 +34,14 @@ struct LinearArgs {
   int rows;
 };
 
+// act(x Wg^T + bg) * (x Wu^T + bu), quantised: the middle of a gated layer in one go. The outputs
+// fill whole blocks of 32; `y` of both products is unused.
+struct GatedLinearArgs {
+  LinearArgs gate, up;
+  bool gelu;
+  QuantisedRows out;
+};
+
 // One KV pool. A block holds all layers one after another, so that a sequence's first tokens touch
 // little memory and a block moves in one piece; a layer of it is, for each KV head, K as
 // [head_dim][16] (a vector is one dimension of sixteen keys), then for each head V as [16][head_dim].
@@ -89,6 +97,7 @@ inline size_t partial_floats(int head_dim) { return static_cast<size_t>(head_dim
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs& args, int first_tile, int last_tile);
+  void (*gated_linear)(const GatedLinearArgs& args, int first_block, int last_block);
   void (*quantise)(const float* x, size_t stride, int inputs, const QuantisedRows& out, int first,
                    int last);
   void (*rms_norm)(const float* x, float* y, size_t stride, const float* weight, int width,

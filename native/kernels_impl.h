@@ -5,13 +5,16 @@
 #include "simd.h"
 
 #include "attention.h"
-#include "linear.h"
+#include "blocks.h"
 #include "rows.h"
+
+#include "linear.h"
 
 namespace twostroke::TS_ISA {
 
 inline Kernels make_kernels(const char* name) {
-  return {name, linear, quantise, rms_norm, gated, add, rope, write_kv, attention, merge};
+  return {name, linear, gated_linear, quantise, rms_norm, gated,
+          add,  rope,   write_kv,     attention, merge};
 }
 
 }  // namespace twostroke::TS_ISA

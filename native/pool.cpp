@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <chrono>
 
 #if defined(TWOSTROKE_X86)
 #include <immintrin.h>
@@ -12,6 +13,10 @@ namespace {
 // Spins this often before giving the processor away: about 20 microseconds, longer than any
 // imbalance inside a step and far shorter than a scheduler's slice.
 constexpr int kSpins = 1000;
+
+// Workers stay awake for so long after a call. Planning a step of one row takes half of it; more
+// would only take time from other programs when the engine falls idle.
+constexpr auto kStayAwake = std::chrono::microseconds(200);
 
 inline void pause_briefly() {
 #if defined(TWOSTROKE_X86)
@@ -37,11 +42,8 @@ ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) {
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stopping_ = true;
-  }
-  wake_.notify_all();
+  job_ = nullptr;
+  announce();
   for (auto& thread : threads_) thread.join();
 }
 
@@ -51,28 +53,42 @@ void ThreadPool::parallel(const std::function<void(int, int)>& fn) {
     return;
   }
   running_.store(size_ - 1, std::memory_order_relaxed);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    job_ = &fn;
-    ++generation_;
-  }
-  wake_.notify_all();
+  job_ = &fn;
+  announce();
   fn(0, size_);
   spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
 }
 
+void ThreadPool::announce() {
+  generation_.fetch_add(1);
+  if (sleepers_.load() == 0) return;
+  { std::lock_guard<std::mutex> lock(mutex_); }
+  wake_.notify_all();
+}
+
+uint32_t ThreadPool::wait_for_next(uint32_t seen) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (const uint32_t now = generation_.load(); now != seen) return now;
+    pause_briefly();
+  }
+  const auto until = std::chrono::steady_clock::now() + kStayAwake;
+  while (std::chrono::steady_clock::now() < until) {
+    if (const uint32_t now = generation_.load(); now != seen) return now;
+    std::this_thread::yield();  // others may have the processor meanwhile
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  sleepers_.fetch_add(1);
+  wake_.wait(lock, [&] { return generation_.load() != seen; });
+  sleepers_.fetch_sub(1);
+  return generation_.load();
+}
+
 void ThreadPool::work(int thread) {
-  uint64_t seen = 0;
+  uint32_t seen = 0;
   for (;;) {
-    const std::function<void(int, int)>* job;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
-      if (stopping_) return;
-      seen = generation_;
-      job = job_;
-    }
-    (*job)(thread, size_);
+    seen = wait_for_next(seen);
+    if (job_ == nullptr) return;
+    (*job_)(thread, size_);
     running_.fetch_sub(1, std::memory_order_release);
   }
 }

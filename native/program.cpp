@@ -10,6 +10,8 @@
 namespace twostroke {
 namespace {
 
+constexpr int kStripRows = 16;  // rows that consecutive row-wise operations do together
+
 size_t pad(size_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 std::vector<float> pad_values(std::vector<float> values) {
@@ -17,9 +19,11 @@ std::vector<float> pad_values(std::vector<float> values) {
   return values;
 }
 
-// This thread's share of `count` equal pieces.
+// This thread's share of `count` equal pieces; a single piece is thread 0's.
 std::pair<int, int> get_share(int count, int thread, int threads) {
-  const auto cut = [&](int t) { return static_cast<int>(static_cast<int64_t>(count) * t / threads); };
+  const auto cut = [&](int t) {
+    return static_cast<int>((static_cast<int64_t>(count) * t + threads - 1) / threads);
+  };
   return {cut(thread), cut(thread + 1)};
 }
 
@@ -97,7 +101,11 @@ QuantisedRows Program::quantised(int buffer) const {
 }
 
 void Program::record(std::string name, bool barrier, std::function<void(int, int)> run) {
-  (recording_head_ ? head_ : body_).push_back({std::move(name), std::move(run), barrier});
+  (recording_head_ ? head_ : body_).push_back({std::move(name), std::move(run), nullptr, barrier});
+}
+
+void Program::record_rows(std::string name, bool barrier, std::function<void(int, int)> rows) {
+  (recording_head_ ? head_ : body_).push_back({std::move(name), nullptr, std::move(rows), barrier});
 }
 
 std::atomic<int>& Program::add_counter() {
@@ -106,8 +114,7 @@ std::atomic<int>& Program::add_counter() {
 }
 
 void Program::embed(const Matrix& table, int out, float scale, bool barrier) {
-  record("embed", barrier, [this, &table, out, scale](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("embed", barrier, [this, &table, out, scale](int first, int last) {
     for (int t = first; t < last; ++t) {
       float* target = row(out, t);
       table.read_row(step_.tokens[t], target);
@@ -118,8 +125,7 @@ void Program::embed(const Matrix& table, int out, float scale, bool barrier) {
 }
 
 void Program::quantise(int in, int out, bool barrier) {
-  record("quantise", barrier, [this, in, out](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("quantise", barrier, [this, in, out](int first, int last) {
     kernels_.quantise(row(in, 0), stride(in), width(in), quantised(out), first, last);
   });
 }
@@ -141,13 +147,41 @@ void Program::linear(const Matrix& weight, int in, int out, std::vector<float> b
     args.y = row(out, 0);
     args.y_stride = stride(out);
     args.rows = rows();
-    // Tiles are handed out in pieces, so that a thread that was held up does less.
+    // One share a thread, of pairs of tiles; a thread that was held up takes the last.
     const int tiles = weight.num_tiles();
-    const int piece = std::max(1, (tiles + threads - 1) / threads);
+    const int piece = (tiles + 2 * threads - 1) / (2 * threads) * 2;
     for (int first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tiles;) {
       kernels_.linear(args, first, std::min(tiles, first + piece));
     }
   });
+}
+
+void Program::gated_linear(const Matrix& gate, const Matrix& up, int in, int out,
+                           std::vector<float> gate_bias, std::vector<float> up_bias, bool gelu,
+                           bool barrier) {
+  if (gate.outputs != up.outputs || gate.outputs % kBlock != 0) {
+    throw std::invalid_argument("gate and up must have as many outputs, in whole blocks of 32");
+  }
+  if (is_float(gate.format) || is_float(up.format)) {
+    throw std::invalid_argument("a gated product needs quantised weights");
+  }
+  gate_bias = pad_values(std::move(gate_bias));
+  up_bias = pad_values(std::move(up_bias));
+  record("gated_linear", barrier,
+         [this, &gate, &up, in, out, gate_bias, up_bias, gelu](int thread, int threads) {
+           GatedLinearArgs args{};
+           args.gate.weight = &gate;
+           args.gate.bias = gate_bias.empty() ? nullptr : gate_bias.data();
+           args.gate.quantised = quantised(in);
+           args.gate.rows = rows();
+           args.up = args.gate;
+           args.up.weight = &up;
+           args.up.bias = up_bias.empty() ? nullptr : up_bias.data();
+           args.gelu = gelu;
+           args.out = quantised(out);
+           const auto [first, last] = get_share(gate.outputs / kBlock, thread, threads);
+           kernels_.gated_linear(args, first, last);
+         });
 }
 
 void Program::rms_norm(int in, int out, std::vector<float> weight, int groups, float eps,
@@ -157,8 +191,7 @@ void Program::rms_norm(int in, int out, std::vector<float> weight, int groups, f
     throw std::invalid_argument("grouped norms need a width that is a multiple of 16");
   }
   weight = pad_values(std::move(weight));
-  record("rms_norm", barrier, [this, in, out, weight, width, groups, eps](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("rms_norm", barrier, [this, in, out, weight, width, groups, eps](int first, int last) {
     kernels_.rms_norm(row(in, 0), row(out, 0), stride(in), weight.data(), width, groups, eps, first,
                       last);
   });
@@ -166,16 +199,14 @@ void Program::rms_norm(int in, int out, std::vector<float> weight, int groups, f
 
 void Program::rope(int buffer, int heads, std::span<const float> cos, std::span<const float> sin,
                    bool interleaved, bool barrier) {
-  record("rope", barrier, [=, this](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("rope", barrier, [=, this](int first, int last) {
     kernels_.rope(row(buffer, 0), stride(buffer), heads, kv_.head_dim, cos.data(), sin.data(),
                   interleaved, step_.positions.data(), first, last);
   });
 }
 
 void Program::write_kv(int layer, int k, int v, bool barrier) {
-  record("write_kv", barrier, [this, layer, k, v](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("write_kv", barrier, [this, layer, k, v](int first, int last) {
     kernels_.write_kv(kv_, layer, row(k, 0), row(v, 0), stride(k), kv_block_.data(),
                       kv_slot_.data(), first, last);
   });
@@ -241,22 +272,19 @@ void Program::attend(const AttentionArgs& shape, int q, int out, std::atomic<int
 }
 
 void Program::gated(int gate, int up, int out, bool gelu, bool barrier) {
-  record("gated", barrier, [this, gate, up, out, gelu](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("gated", barrier, [this, gate, up, out, gelu](int first, int last) {
     kernels_.gated(row(gate, 0), row(up, 0), row(out, 0), stride(out), gelu, first, last);
   });
 }
 
 void Program::add(int a, int b, int out, bool barrier) {
-  record("add", barrier, [this, a, b, out](int thread, int threads) {
-    const auto [first, last] = get_share(rows(), thread, threads);
+  record_rows("add", barrier, [this, a, b, out](int first, int last) {
     kernels_.add(row(a, 0), row(b, 0), row(out, 0), stride(out), first, last);
   });
 }
 
 void Program::take_rows(int in, int out, bool barrier) {
-  record("take_rows", barrier, [this, in, out](int thread, int threads) {
-    const auto [first, last] = get_share(num_logit_rows_, thread, threads);
+  record_rows("take_rows", barrier, [this, in, out](int first, int last) {
     for (int i = first; i < last; ++i) {
       std::memcpy(row(out, i), row(in, logit_rows_[i]), stride(in) * sizeof(float));
     }
@@ -293,7 +321,8 @@ void Program::build_schedule(int window, Schedule& schedule) const {
   }
 }
 
-void Program::run_body(const StepView& step) {
+void Program::prepare_body(const StepView& step) {
+  for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
   step_ = step;
   num_tokens_ = static_cast<int>(step.tokens.size());
   in_head_ = false;
@@ -320,34 +349,70 @@ void Program::run_body(const StepView& step) {
   const size_t scratch = std::max(attention_scratch_floats(max_group_, kv_.head_dim),
                                   segments * partial_floats(kv_.head_dim));
   for (auto& buffer : scratch_) buffer.resize(std::max(buffer.size(), scratch));
-  run(body_);
 }
 
-void Program::run_head(std::span<const int32_t> logit_rows) {
+void Program::prepare_head(std::span<const int32_t> logit_rows) {
   if (static_cast<int>(logit_rows.size()) > max_logit_rows_) {
     throw std::invalid_argument("more logit rows than the program was made for");
   }
   logit_rows_.assign(logit_rows.begin(), logit_rows.end());
   num_logit_rows_ = static_cast<int>(logit_rows.size());
-  in_head_ = true;
-  run(head_);
 }
 
-void Program::run(std::vector<Op>& ops) {
+void Program::run_body(const StepView& step) {
+  prepare_body(step);
+  pool_.parallel([&](int thread, int threads) { walk(body_, thread, threads); });
+}
+
+void Program::run_head(std::span<const int32_t> logit_rows) {
   for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
-  const std::function<void(int, int)> walk = [&](int thread, int threads) {
-    int64_t before = thread == 0 ? now_ns() : 0;
-    for (Op& op : ops) {
-      if (op.barrier) pool_.barrier();
-      op.run(thread, threads);
-      if (thread == 0) {
-        const int64_t now = now_ns();
-        op.time_ns += now - before;
-        before = now;
+  prepare_head(logit_rows);
+  in_head_ = true;
+  pool_.parallel([&](int thread, int threads) { walk(head_, thread, threads); });
+}
+
+void Program::run_step(const StepView& step, std::span<const int32_t> logit_rows,
+                       const std::function<void(int, int)>& finish) {
+  prepare_body(step);
+  prepare_head(logit_rows);
+  pool_.parallel([&](int thread, int threads) {
+    walk(body_, thread, threads);
+    if (logit_rows.empty()) return;
+    pool_.barrier();
+    if (thread == 0) in_head_ = true;
+    pool_.barrier();
+    walk(head_, thread, threads);
+    pool_.barrier();
+    finish(thread, threads);
+  });
+}
+
+void Program::walk(std::vector<Op>& ops, int thread, int threads) {
+  int64_t before = thread == 0 ? now_ns() : 0;
+  const auto take_time = [&](Op& op) {
+    if (thread != 0) return;
+    const int64_t now = now_ns();
+    op.time_ns += now - before;
+    before = now;
+  };
+  const auto [first_row, last_row] = get_share(rows(), thread, threads);
+  for (size_t i = 0; i < ops.size();) {
+    if (ops[i].barrier) pool_.barrier();
+    if (ops[i].run) {
+      ops[i].run(thread, threads);
+      take_time(ops[i++]);
+      continue;
+    }
+    size_t end = i + 1;
+    while (end < ops.size() && ops[end].rows && !ops[end].barrier) ++end;
+    for (int row = first_row; row < last_row; row += kStripRows) {
+      for (size_t j = i; j < end; ++j) {
+        ops[j].rows(row, std::min(row + kStripRows, last_row));
+        take_time(ops[j]);
       }
     }
-  };
-  pool_.parallel(walk);
+    i = end;
+  }
 }
 
 std::vector<std::pair<std::string, int64_t>> Program::take_times() {

@@ -5,7 +5,8 @@
 // are borrowed and must outlive it. Operations live in two sections: the body runs over all T
 // tokens of a step, the head over up to `max_logit_rows` of its positions at a time. All threads
 // walk the list together; an operation recorded with `barrier` waits until the earlier ones are
-// complete. Not safe to run from two threads at once.
+// complete. Row-wise operations that follow each other without a barrier are done a few rows at a
+// time, all of them, so that what one writes is still near when the next reads it. Not safe to run from two threads at once.
 #pragma once
 
 #include <atomic>
@@ -48,6 +49,10 @@ class Program {
   void embed(const Matrix& table, int out, float scale, bool barrier);
   void quantise(int in, int out, bool barrier);
   void linear(const Matrix& weight, int in, int out, std::vector<float> bias, bool barrier);
+  // quantised act(in * gate) * (in * up); `in` and `out` are quantised buffers.
+  void gated_linear(const Matrix& gate, const Matrix& up, int in, int out,
+                    std::vector<float> gate_bias, std::vector<float> up_bias, bool gelu,
+                    bool barrier);
   void rms_norm(int in, int out, std::vector<float> weight, int groups, float eps, bool barrier);
   void rope(int buffer, int heads, std::span<const float> cos, std::span<const float> sin,
             bool interleaved, bool barrier);
@@ -60,6 +65,10 @@ class Program {
   void run_body(const StepView& step);
   // Runs the head for these positions of the last body; at most max_logit_rows of them.
   void run_head(std::span<const int32_t> logit_rows);
+  // Both without a pause, then `finish` on every thread over the finished logits. Without logit
+  // rows it runs the body only.
+  void run_step(const StepView& step, std::span<const int32_t> logit_rows,
+                const std::function<void(int, int)>& finish);
 
   float* row(int buffer, int index);
   int width(int buffer) const { return buffers_[buffer].width; }
@@ -89,9 +98,11 @@ class Program {
     void allocate();
     size_t bytes() const;
   };
+  // Either `rows`, which does its rows first <= row < last whatever the others do, or `run`, which
+  // is told thread and threads and divides the work itself.
   struct Op {
     std::string name;
-    std::function<void(int, int)> run;
+    std::function<void(int, int)> run, rows;
     bool barrier;
     int64_t time_ns = 0;
   };
@@ -107,7 +118,10 @@ class Program {
   };
 
   void record(std::string name, bool barrier, std::function<void(int, int)> run);
-  void run(std::vector<Op>& ops);
+  void prepare_body(const StepView& step);
+  void prepare_head(std::span<const int32_t> logit_rows);
+  void record_rows(std::string name, bool barrier, std::function<void(int, int)> rows);
+  void walk(std::vector<Op>& ops, int thread, int threads);
   std::atomic<int>& add_counter();
   void attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next, int thread);
   void build_schedule(int window, Schedule& schedule) const;

@@ -6,26 +6,30 @@
 
 namespace twostroke::TS_ISA {
 
-// Blocks of 32 inputs: scale = max |x| / 127, q = round to nearest even of x / scale.
+// Block number `at` of quantised rows: scale = max |x| / 127, q = round to nearest even of
+// x / scale.
+inline void quantise_block(F lo, F hi, const QuantisedRows& out, size_t at) {
+  const float largest = reduce_max(max(abs(lo), abs(hi)));
+  const float scale = largest / 127.0f;
+  const float inverse = scale > 0.0f ? 127.0f / largest : 0.0f;
+  int8_t* q = out.q + at * kBlock;
+  (lo * F::set(inverse)).store_rounded_i8(q);
+  (hi * F::set(inverse)).store_rounded_i8(q + 16);
+  const int32_t sums[2] = {sum_bytes(q), sum_bytes(q + 16)};
+  out.scale[at] = scale;
+  out.offset[at] = scale * static_cast<float>(sums[0] + sums[1]);
+  out.sum16[2 * at] = sums[0];
+  out.sum16[2 * at + 1] = sums[1];
+}
+
 inline void quantise(const float* x, size_t stride, int inputs, const QuantisedRows& out, int first,
                      int last) {
   const int blocks = inputs / kBlock;
   for (int row = first; row < last; ++row) {
     for (int b = 0; b < blocks; ++b) {
       const float* source = x + row * stride + b * kBlock;
-      const F lo = F::load(source), hi = F::load(source + 16);
-      const float largest = reduce_max(max(abs(lo), abs(hi)));
-      const float scale = largest / 127.0f;
-      const float inverse = scale > 0.0f ? 127.0f / largest : 0.0f;
-      const size_t at = static_cast<size_t>(row) * blocks + b;
-      int8_t* q = out.q + at * kBlock;
-      (lo * F::set(inverse)).store_rounded_i8(q);
-      (hi * F::set(inverse)).store_rounded_i8(q + 16);
-      const int32_t sums[2] = {sum_bytes(q), sum_bytes(q + 16)};
-      out.scale[at] = scale;
-      out.offset[at] = scale * static_cast<float>(sums[0] + sums[1]);
-      out.sum16[2 * at] = sums[0];
-      out.sum16[2 * at + 1] = sums[1];
+      quantise_block(F::load(source), F::load(source + 16), out,
+                     static_cast<size_t>(row) * blocks + b);
     }
   }
 }
@@ -58,15 +62,19 @@ inline F sigmoid(F x) { return F::set(1.0f) / (F::set(1.0f) + exp16(F::set(0.0f)
 
 // activation(gate) * up; silu(g) = g sigmoid(g); gelu by its tanh form (Hendrycks & Gimpel 2016),
 // where (1 + tanh(u)) / 2 = sigmoid(2u).
+inline F apply_gate(F gate, F up, bool gelu) {
+  F u = gate;
+  if (gelu) {
+    u = fma(gate * gate * gate, F::set(0.044715f), gate) *
+        F::set(1.5957691216057308f);  // 2 sqrt(2 / pi)
+  }
+  return gate * sigmoid(u) * up;
+}
+
 inline void gated(const float* gate, const float* up, float* y, size_t stride, bool gelu, int first,
                   int last) {
   for (size_t i = first * stride; i < last * stride; i += kLanes) {
-    const F g = F::load(gate + i);
-    F u = g;
-    if (gelu) {
-      u = fma(g * g * g, F::set(0.044715f), g) * F::set(1.5957691216057308f);  // 2 sqrt(2 / pi)
-    }
-    (g * sigmoid(u) * F::load(up + i)).store(y + i);
+    apply_gate(F::load(gate + i), F::load(up + i), gelu).store(y + i);
   }
 }
 

@@ -2,12 +2,9 @@
 //
 // Owns no arithmetic (native/draw.h does). It must never let a token id or an offset that does not
 // fit reach a row, and never divide the work inside a row.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "sample_job.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -68,8 +65,8 @@ struct Output {
 };
 
 // The four arrays of a `Drawn`, filled row by row.
-struct Answer {
-  Answer(int64_t rows, int64_t vocab, const int32_t* top)
+struct RowAnswers {
+  RowAnswers(int64_t rows, int64_t vocab, const int32_t* top)
       : width(std::min<int64_t>(vocab, rows ? std::max(0, *std::max_element(top, top + rows)) : 0)),
         tokens({static_cast<size_t>(rows)}), logprobs({static_cast<size_t>(rows)}),
         top_tokens({static_cast<size_t>(rows), static_cast<size_t>(width)}),
@@ -104,46 +101,91 @@ void for_each_row(ThreadPool* pool, int64_t rows, const Fn& fn) {
   }
 }
 
-nb::tuple sample(Logits logits, nb::handle arrays, ThreadPool* pool) {
-  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
-  const auto temperature = get_array<float>(arrays, "temperature", rows);
-  const auto top_k = get_array<int32_t>(arrays, "top_k", rows);
-  const auto top_p = get_array<float>(arrays, "top_p", rows);
-  const auto min_p = get_array<float>(arrays, "min_p", rows);
-  const auto repetition = get_array<float>(arrays, "repetition", rows);
-  const auto presence = get_array<float>(arrays, "presence", rows);
-  const auto frequency = get_array<float>(arrays, "frequency", rows);
-  const auto seed = get_array<uint64_t>(arrays, "seed", rows);
-  const auto counter = get_array<uint64_t>(arrays, "counter", rows, 2);
-  const auto bias_offsets = get_array<int32_t>(arrays, "bias_offsets", rows + 1);
-  const auto bias_tokens = get_array<int32_t>(arrays, "bias_tokens", -1);
-  const auto bias_values = get_array<float>(arrays, "bias_values", bias_tokens.size());
-  const auto history_offsets = get_array<int32_t>(arrays, "history_offsets", rows + 1);
-  const auto history = get_array<int32_t>(arrays, "history_tokens", -1);
-  const auto prompt = get_array<int32_t>(arrays, "history_prompt", rows);
-  const auto top = get_array<int32_t>(arrays, "top", rows);
-  check_offsets(bias_offsets.data(), rows, bias_tokens.size());
-  check_offsets(history_offsets.data(), rows, history.size());
-  check_tokens(bias_tokens.data(), bias_tokens.size(), vocab);
-  check_tokens(history.data(), history.size(), vocab);
-  if (vocab == 0) throw std::invalid_argument("an empty vocabulary has no token to draw");
+}  // namespace
 
-  const Answer answer(rows, vocab, top.data());
-  for_each_row(pool, rows, [&](int64_t r, Scratch& scratch) {
-    const float* x = logits.data() + r * vocab;
-    const int32_t known = history_offsets.data()[r], bias = bias_offsets.data()[r];
-    const Penalties penalties{
-        repetition.data()[r], presence.data()[r], frequency.data()[r],
-        history.data() + known, history_offsets.data()[r + 1] - known, prompt.data()[r],
-        bias_tokens.data() + bias, bias_values.data() + bias, bias_offsets.data()[r + 1] - bias};
-    const RowSpec spec{
-        temperature.data()[r], top_p.data()[r], min_p.data()[r], top_k.data()[r],
-        get_uniform(seed.data()[r], counter.data()[2 * r], counter.data()[2 * r + 1])};
-    const int32_t token = draw_row(adjust_row(x, vocab, penalties, scratch), vocab, spec, scratch);
-    answer.tokens.data[r] = token;
-    score_row(x, vocab, token, top.data()[r], answer.get_row(r), scratch);
-  });
-  return answer.take();
+// The fields of a SamplingArrays.
+struct SampleJob::Arrays {
+  Arrays(nb::handle arrays, int64_t rows)
+      : temperature(get_array<float>(arrays, "temperature", rows)),
+        top_p(get_array<float>(arrays, "top_p", rows)),
+        min_p(get_array<float>(arrays, "min_p", rows)),
+        repetition(get_array<float>(arrays, "repetition", rows)),
+        presence(get_array<float>(arrays, "presence", rows)),
+        frequency(get_array<float>(arrays, "frequency", rows)),
+        bias_values(get_array<float>(arrays, "bias_values", -1)),
+        top_k(get_array<int32_t>(arrays, "top_k", rows)),
+        bias_offsets(get_array<int32_t>(arrays, "bias_offsets", rows + 1)),
+        bias_tokens(get_array<int32_t>(arrays, "bias_tokens", bias_values.size())),
+        history_offsets(get_array<int32_t>(arrays, "history_offsets", rows + 1)),
+        history(get_array<int32_t>(arrays, "history_tokens", -1)),
+        prompt(get_array<int32_t>(arrays, "history_prompt", rows)),
+        top(get_array<int32_t>(arrays, "top", rows)),
+        seed(get_array<uint64_t>(arrays, "seed", rows)),
+        counter(get_array<uint64_t>(arrays, "counter", rows, 2)) {}
+
+  Input<float> temperature, top_p, min_p, repetition, presence, frequency, bias_values;
+  Input<int32_t> top_k, bias_offsets, bias_tokens, history_offsets, history, prompt, top;
+  Input<uint64_t> seed, counter;
+};
+
+struct SampleJob::Answer : RowAnswers {
+  using RowAnswers::RowAnswers;
+};
+
+SampleJob::SampleJob(const LogitRows& logits, nb::handle arrays)
+    : logits_(logits), arrays_(std::make_unique<Arrays>(arrays, logits.rows)) {
+  const Arrays& a = *arrays_;
+  const int64_t rows = logits.rows, vocab = logits.vocab;
+  check_offsets(a.bias_offsets.data(), rows, a.bias_tokens.size());
+  check_offsets(a.history_offsets.data(), rows, a.history.size());
+  check_tokens(a.bias_tokens.data(), a.bias_tokens.size(), vocab);
+  check_tokens(a.history.data(), a.history.size(), vocab);
+  if (vocab == 0) throw std::invalid_argument("an empty vocabulary has no token to draw");
+  answer_ = std::make_unique<Answer>(rows, vocab, a.top.data());
+}
+
+SampleJob::~SampleJob() = default;
+
+nb::tuple SampleJob::take() const { return answer_->take(); }
+
+void SampleJob::run() {
+  Scratch scratch;
+  for (int64_t row; (row = next_.fetch_add(1)) < logits_.rows;) draw(row, scratch);
+}
+
+void SampleJob::draw(int64_t r, Scratch& scratch) {
+  const Arrays& a = *arrays_;
+  const int64_t vocab = logits_.vocab;
+  const float* x = logits_.data + r * logits_.stride;
+  const int32_t known = a.history_offsets.data()[r], bias = a.bias_offsets.data()[r];
+  const Penalties penalties{
+      a.repetition.data()[r], a.presence.data()[r], a.frequency.data()[r],
+      a.history.data() + known, a.history_offsets.data()[r + 1] - known, a.prompt.data()[r],
+      a.bias_tokens.data() + bias, a.bias_values.data() + bias,
+      a.bias_offsets.data()[r + 1] - bias};
+  const RowSpec spec{
+      a.temperature.data()[r], a.top_p.data()[r], a.min_p.data()[r], a.top_k.data()[r],
+      get_uniform(a.seed.data()[r], a.counter.data()[2 * r], a.counter.data()[2 * r + 1])};
+  const int32_t token = draw_row(adjust_row(x, vocab, penalties, scratch), vocab, spec, scratch);
+  answer_->tokens.data[r] = token;
+  score_row(x, vocab, token, a.top.data()[r], answer_->get_row(r), scratch);
+}
+
+namespace {
+
+nb::tuple sample(Logits logits, nb::handle arrays, ThreadPool* pool) {
+  const auto rows = static_cast<int64_t>(logits.shape(0));
+  const auto vocab = static_cast<int64_t>(logits.shape(1));
+  SampleJob job({logits.data(), logits.shape(1), rows, vocab}, arrays);
+  {
+    nb::gil_scoped_release release;
+    if (pool != nullptr && rows > 1) {
+      pool->parallel([&](int, int) { job.run(); });
+    } else {
+      job.run();
+    }
+  }
+  return job.take();
 }
 
 nb::tuple score(Logits logits, Input<int32_t, nb::ndim<1>> targets,
@@ -153,7 +195,7 @@ nb::tuple score(Logits logits, Input<int32_t, nb::ndim<1>> targets,
     throw std::invalid_argument("targets and top need one entry per row of logits");
   }
   check_tokens(targets.data(), rows, vocab);
-  const Answer answer(rows, vocab, top.data());
+  const RowAnswers answer(rows, vocab, top.data());
   for_each_row(pool, rows, [&](int64_t r, Scratch& scratch) {
     const int32_t target = targets.data()[r];
     answer.tokens.data[r] = target;

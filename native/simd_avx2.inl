@@ -186,4 +186,4 @@ struct Dot {
   }
 };
 
-constexpr int kRowTile = 4;  // rows one unpacking of the weights serves
+constexpr int kUnpackTiles = 0;  // too few registers to unpack a block once for many rows

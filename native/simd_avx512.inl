@@ -99,4 +99,4 @@ struct Dot {
   }
 };
 
-constexpr int kRowTile = 8;  // rows one unpacking of the weights serves
+constexpr int kUnpackTiles = 2;  // tiles of a block that are unpacked once for many rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -131,19 +130,9 @@ def run_requests(
             answer = scheduler.submit(request, 0)
             assert isinstance(answer, Accepted), answer
         while not isinstance(plan := scheduler.plan(run.steps), Idle):
-            done = threading.Event()
             answers: list[StepAnswer] = []
-
-            def on_done(
-                answer: StepAnswer,
-                done: threading.Event = done,
-                answers: list[StepAnswer] = answers,
-            ) -> None:
-                answers.append(answer)
-                done.set()
-
-            executor.start(plan, on_done)
-            assert done.wait(60), "the executor did not answer"
+            executor.start(plan, answers.append)
+            executor.run_pending()
             outcome = answers[0]
             assert isinstance(outcome, StepOutcome), outcome
             run.steps += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -65,10 +64,9 @@ def make_row(tokens: tuple[int, ...], start: int, blocks: tuple[int, ...]) -> Ro
 
 
 def run_plan(executor: LocalExecutor, plan: StepPlan) -> StepAnswer:
-    done = threading.Event()
     answers: list[StepAnswer] = []
-    executor.start(plan, lambda answer: (answers.append(answer), done.set())[1])
-    assert done.wait(30)
+    executor.start(plan, answers.append)
+    executor.run_pending()
     assert len(answers) == 1
     return answers[0]
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 from twostroke.core.types import Row, SamplingSpec, SequenceId, StepPlan, Token, TokenLogprob
-from twostroke.exec.sampling import build_logit_layout, build_sampling_arrays
-from twostroke.kernels.ops import F32, Drawn, SamplingArrays
+from twostroke.exec.sampling import build_logit_layout, build_results, build_sampling_arrays
+from twostroke.kernels.ops import F32
 from twostroke.kernels.reference import sampling as reference
 
 VOCAB = 50
 GREEDY = SamplingSpec()
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The reference sampler."""
-
-    def sample(self, logits: F32, arrays: SamplingArrays, /) -> Drawn:
-        return reference.sample(logits, arrays)
-
-    def score(self, logits: F32, targets: np.ndarray, top: np.ndarray, /) -> Drawn:
-        return reference.score(logits, targets, top)
 
 
 def make_row(name: str, tokens: tuple[Token, ...], start: int = 0, **others) -> Row:
@@ -45,11 +32,16 @@ def make_logits(plan: StepPlan) -> F32:
 def answer(plan: StepPlan, limit: int = 64):
     logits = make_logits(plan)
     layout = build_logit_layout(plan)
+    drawn, scored = [], []
     for chunk in layout.get_chunks(limit):
         assert 0 < len(chunk.positions) <= limit
-        assert np.isin(chunk.positions, layout.positions).all()
-        layout.note(chunk, logits[chunk.positions], Reference())
-    return layout.get_results()
+        rows = logits[chunk.positions]
+        if chunk.draws:
+            drawn.append(reference.sample(rows, layout.take_arrays(chunk.part)))
+        else:
+            targets, top = layout.targets[chunk.part], layout.top[chunk.part]
+            scored.append(reference.score(rows, targets, top))
+    return build_results(plan.rows, drawn, scored)
 
 
 MIXED = StepPlan(
@@ -115,7 +107,6 @@ def test_scores_are_the_log_softmax_at_their_own_position() -> None:
 
 def test_positions_ascend_and_are_named_once() -> None:
     layout = build_logit_layout(MIXED)
-    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
     assert layout.sampled.tolist() == [0, 6, 9]
     assert layout.scored.tolist() == [1, 2, 3, 4, 5]
 

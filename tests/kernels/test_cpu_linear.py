@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from kernels_support import ISAS, pack, plain_step, random_matrix_bytes, run_native
+from twostroke.kernels.cpu.recorder import Slot
 from twostroke.kernels.cpu.weights import Vector
+from twostroke.kernels.ops import OpTable
 from twostroke.kernels.reference.dequant import dequantise
 from twostroke.spec.quant import Format
 
@@ -62,7 +66,7 @@ def test_a_row_alone_has_the_bits_it_has_in_company(format: Format) -> None:
     weight = pack(format, random_matrix_bytes(format, SHAPE, rng), SHAPE)
     x = rng.standard_normal((23, SHAPE[1])).astype(np.float32)
     together = run_native(plain_step(23), [x], lambda ops, s: ops.linear(s, weight, None))
-    for row in (0, 7, 8, 16, 22):
+    for row in (0, 3, 4, 16, 22):
         alone = run_native(
             plain_step(1), [x[row : row + 1]], lambda ops, s: ops.linear(s, weight, None), threads=1
         )
@@ -93,3 +97,29 @@ def test_wrong_sizes_are_refused() -> None:
         pack(Format.Q4_0, data[:-1], SHAPE)
     with pytest.raises(ValueError, match="whole blocks"):
         pack(Format.Q4_0, data, (72, 500))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_a_joined_gated_middle_has_the_bits_of_its_parts(
+    rows: int, activation: str, isa: str
+) -> None:
+    rng = np.random.default_rng(rows)
+    wide, narrow = (96, 256), (64, 96)
+    gate = pack(Format.Q4_K, random_matrix_bytes(Format.Q4_K, wide, rng), wide)
+    up = pack(Format.Q6_K, random_matrix_bytes(Format.Q6_K, wide, rng), wide)
+    down = pack(Format.Q4_1, random_matrix_bytes(Format.Q4_1, narrow, rng), narrow)
+    biases = [Vector(rng.standard_normal(wide[0]).astype(np.float32)) for _ in range(2)]
+    x = rng.standard_normal((rows, wide[1])).astype(np.float32)
+
+    def get_middle(ops: OpTable, slot: Slot) -> Slot:
+        g, u = ops.linear(slot, gate, biases[0]), ops.linear(slot, up, biases[1])
+        return ops.gated(g, u, activation)
+
+    def run(values: np.ndarray, call: Callable[[OpTable, Slot], Slot]) -> np.ndarray:
+        return run_native(plain_step(rows), [values], call, isa=isa)
+
+    joined = run(x, lambda ops, slot: ops.linear(get_middle(ops, slot), down, None))
+    parts = run(run(x, get_middle), lambda ops, slot: ops.linear(slot, down, None))
+    np.testing.assert_array_equal(joined.view(np.uint32), parts.view(np.uint32))

@@ -14,7 +14,7 @@ from tiny_models import Answer, make_config, run_requests
 from twostroke.core.types import Request, SamplingSpec, SequenceId
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
-from twostroke.kernels.ops import F32, I32, StepArrays
+from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
 from twostroke.text.tokenizer import build_tokenizer
 from twostroke.weights.load import OpenModel, open_model
 
@@ -35,9 +35,9 @@ class ShuffledRunner:
     def describe(self) -> RunnerInfo:
         return self._runner.describe()
 
-    def run_layers(self, step: StepArrays) -> None:
+    def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
         tables = np.where(step.block_tables < 0, -1, self._order[step.block_tables])
-        self._runner.run_layers(replace(step, block_tables=tables.astype(np.int32)))
+        return self._runner.run_step(replace(step, block_tables=tables.astype(np.int32)), arrays)
 
     def get_logits(self, rows: I32) -> F32:
         return self._runner.get_logits(rows)

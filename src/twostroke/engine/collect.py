@@ -40,9 +40,14 @@ class _Collected:
 
 
 class Collector:
-    """Gathers the deltas of one call; written on the engine's thread, read when all is done."""
+    """Gathers the deltas of one call; written on the engine's thread, read when all is done.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    `changed` is set when all is done and, with `tells_progress`, at every change before: waking the
+    caller for each token would take the processor from the step that runs.
+    """
+
+    def __init__(self, requests: Sequence[Request], tells_progress: bool = True) -> None:
+        self._tells_progress = tells_progress
         self.collected = [[_Collected() for _ in range(one.n)] for one in requests]
         self.changed = threading.Event()
         self._done = 0
@@ -64,7 +69,8 @@ class Collector:
             into.ending = delta.ending
             self._generated_tokens += len(delta.tokens)
         self._done += ended
-        self.changed.set()
+        if self._tells_progress or self.is_done:
+            self.changed.set()
 
     def get_progress(self) -> Progress:
         """How far the call has come."""

@@ -186,12 +186,13 @@ class OfflineLLM:
                 raise _name_place(error, f"prompt {index}") from error
         if not requests:
             return []
-        collector = Collector(requests)
+        report = _get_reporter(progress)
+        collector = Collector(requests, report is not None)
         states = [
             self._service.make_state(request, own, partial(collector.take, index))
             for index, (request, own) in enumerate(zip(requests, each, strict=True))
         ]
-        self._wait(states, collector, _get_reporter(progress))
+        self._wait(states, collector, report)
         outputs = [
             build_output(prompt, state, collected)
             for prompt, state, collected in zip(prompts, states, collector.collected, strict=True)

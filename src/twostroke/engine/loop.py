@@ -2,8 +2,8 @@
 
 It is a synchronous machine: time comes from the clock it is given, answers arrive in an inbox
 that any thread may fill, and nothing happens but inside a call. A thread drives it in production
-and a virtual clock in simulation. It must never block, and never ask the scheduler twice about
-one answer: each belongs to one flight of one executor generation, and late, repeated or stray
+and a virtual clock in simulation. `pump` must never block, and must never ask the scheduler twice
+about one answer: each belongs to one flight of one executor generation, and late, repeated or stray
 answers are refused. It keeps true that every accepted request gets its endings, whatever the
 executor does.
 """
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from twostroke.core.ports import Clock, Executor, ExecutorInfo, StepAnswer
 from twostroke.core.scheduler import Scheduler
@@ -63,6 +63,16 @@ class LoopListener(Protocol):
     def deliver(self) -> None: ...
 
 
+@runtime_checkable
+class LentExecutor(Protocol):
+    """An Executor without a thread of its own: steps started run when one is lent to it.
+
+    `run_pending` computes and answers what was started, on the calling thread.
+    """
+
+    def run_pending(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoopPolicy:
     """What the loop does beyond planning and committing.
@@ -103,7 +113,7 @@ class EngineLoop:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
-        self._executor = executor
+        self._use_executor(executor)
         self._clock = clock
         self._listener = listener
         self._policy = policy
@@ -174,6 +184,11 @@ class EngineLoop:
         self._check_deadline()
         self._start_steps()
         self._listener.deliver()
+
+    def lend_thread(self) -> None:
+        """Let an executor without a thread run, on this one, the steps that `pump` has started."""
+        if self._run_pending is not None:
+            self._run_pending()
 
     def close(self, reason: str = "the engine was closed") -> None:
         """Fail what is live with `reason`, refuse what comes later, and close the executor."""
@@ -284,9 +299,16 @@ class EngineLoop:
                 reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
                 self.cancel(request_id, ending=Failed(reason))
         try:
-            self._executor = replace(lost)
+            self._use_executor(replace(lost))
         except ExecutorLost as error:
             self._give_up(f"the executor was lost: {lost}; and not replaced: {error}")
+
+    def _use_executor(self, executor: Executor) -> None:
+        self._executor = executor
+        # Looked up once: asking a protocol takes longer than planning a row.
+        self._run_pending: Callable[[], None] | None = None
+        if isinstance(executor, LentExecutor):
+            self._run_pending = executor.run_pending
 
     def _undo_steps(self, reason: str) -> None:
         # From here on every answer of these flights is of an old generation and refused.

@@ -81,9 +81,10 @@ class _Continuation:
 
     def take_text(self) -> str:
         """The text that became safe to show since the last call."""
-        for token in self.tokens[self.num_decoded :]:
-            self._feed(token)
-        self.num_decoded = len(self.tokens)
+        if self.num_decoded < len(self.tokens):
+            for token in self.tokens[self.num_decoded :]:
+                self._feed(token)
+            self.num_decoded = len(self.tokens)
         if self.ending is not None and not self.stopped:
             self.text.append(self.decoder.finish())
         text = "".join(self.text)
@@ -171,8 +172,10 @@ class RequestState:
                     text=one.take_text(),
                     tokens=tuple(one.tokens),
                     token_bytes=tuple(
-                        tokenizer.get_token_bytes(token) if token < one.num_texts else b""
-                        for token in one.tokens
+                        [
+                            tokenizer.get_token_bytes(token) if token < one.num_texts else b""
+                            for token in one.tokens
+                        ]
                     ),
                     logprobs=tuple(one.logprobs),
                     prompt_logprobs=self.prompt_scored,
@@ -223,8 +226,9 @@ class RequestBook:
 
     def step_committed(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Count the step, and the prompt tokens it computed."""
-        prompt_tokens = 0
+        step_tokens = prompt_tokens = 0
         for row in plan.rows:
+            step_tokens += len(row.tokens)
             state = self._live.get(row.sequence.request)
             if state is None:  # ended while the step ran
                 continue
@@ -236,7 +240,7 @@ class RequestBook:
                 # first token, so it is not counted beside it.
                 if not state.first_token_ns:
                     state.prefill_tokens += computed
-        self._metrics.record_step(plan.num_tokens, prompt_tokens, outcome.duration_ns)
+        self._metrics.record_step(step_tokens, prompt_tokens, outcome.duration_ns)
 
     def executor_lost(self, lost: ExecutorLost) -> None:
         """Count the loss."""

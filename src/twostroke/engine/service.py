@@ -76,11 +76,12 @@ class _EngineWork:
         self._loop = loop
         self._book = book
         self._metrics = metrics
-        self._num_blocks = parts.scheduler.config.num_blocks
+        self._gauged: tuple[int, int, int, int] | None = None
 
     def pump(self) -> float | None:
         self._loop.pump()
         self._record_gauges()
+        self._loop.lend_thread()
         due_ns = self._loop.next_wake_ns
         if due_ns is None:
             return None
@@ -124,15 +125,18 @@ class _EngineWork:
 
     def _record_gauges(self) -> None:
         scheduler = self._parts.scheduler
-        self._metrics.set_gauges(
-            Gauges(
-                running=scheduler.num_running,
-                waiting=scheduler.num_waiting,
-                kv_blocks_used=self._num_blocks - scheduler.num_free_blocks,
-                kv_blocks_total=self._num_blocks,
-                preemptions=scheduler.num_preemptions,
-            )
+        now = (
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.num_free_blocks,
+            scheduler.num_preemptions,
         )
+        if now == self._gauged:  # most steps change none of them
+            return
+        self._gauged = now
+        running, waiting, free, preemptions = now
+        total = scheduler.config.num_blocks
+        self._metrics.set_gauges(Gauges(running, waiting, total - free, total, preemptions))
 
 
 class EngineService:

@@ -1,13 +1,55 @@
-"""From a StepPlan to the arrays a backend computes on."""
+"""From StepPlans to the arrays a backend computes on.
+
+`BatchBuilder` keeps the arrays of a step whose rows all decode one token, because the next step of
+the same batch differs from it in little: tokens, positions, now and then a block. It must give what
+a fresh builder would, and it owns the arrays: they hold until the next `build`.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from twostroke.core.types import StepPlan
+from twostroke.core.types import Row, StepPlan
+from twostroke.exec.sampling import LogitLayout, build_logit_layout
 from twostroke.kernels.ops import I32, StepArrays
+
+# Block tables are made this much wider than they must be, so that few steps need new ones.
+SPARE_BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step as arrays. `step.logit_rows` are the positions that draw, as many as fit at once."""
+
+    step: StepArrays
+    layout: LogitLayout
+
+
+class BatchBuilder:
+    """Builds one step after the other; at most `max_logit_rows` positions draw at once."""
+
+    def __init__(self, max_logit_rows: int) -> None:
+        self._max_logit_rows = max_logit_rows
+        self._rows: tuple[Row, ...] = ()  # of the kept batch; none when it cannot be continued
+        self._batch: Batch | None = None
+
+    def build(self, plan: StepPlan) -> Batch:
+        """The arrays of a plan; those given before are no longer valid."""
+        rows = plan.rows
+        if self._batch is not None and _continues(rows, self._rows):
+            batch = self._batch = _advance(self._batch, rows, self._rows)
+        else:
+            layout = build_logit_layout(plan)
+            step = build_step_arrays(plan, layout.sampled[: self._max_logit_rows])
+            batch = self._batch = Batch(step, layout)
+            if not _continues(rows, rows):
+                self._batch = None
+        self._rows = rows
+        return batch
 
 
 def build_step_arrays(plan: StepPlan, logit_rows: I32) -> StepArrays:
@@ -25,7 +67,53 @@ def build_step_arrays(plan: StepPlan, logit_rows: I32) -> StepArrays:
     starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
     positions = np.arange(offsets[-1], dtype=np.int32)
     positions += np.repeat(starts - offsets[:-1], counts)
-    tables = np.full((len(rows), max(len(row.blocks) for row in rows)), -1, np.int32)
+    return StepArrays(tokens, positions, offsets, _build_tables(rows), logit_rows)
+
+
+def _build_tables(rows: Sequence[Row]) -> I32:
+    width = max(len(row.blocks) for row in rows) + SPARE_BLOCKS
+    tables = np.full((len(rows), width), -1, np.int32)
     for index, row in enumerate(rows):
         tables[index, : len(row.blocks)] = row.blocks
-    return StepArrays(tokens, positions, offsets, tables, logit_rows)
+    return tables
+
+
+def _continues(rows: Sequence[Row], kept: Sequence[Row]) -> bool:
+    """Whether rows that each draw one token after one token go on where `kept` ones were.
+
+    What must be the same is compared by identity, which is cheap and only ever too strict.
+    """
+    if len(rows) != len(kept):
+        return False
+    for row, last in zip(rows, kept, strict=True):
+        if (
+            row.sequence is not last.sequence
+            or row.sampling is not last.sampling
+            or row.sampling is None
+            or len(row.tokens) != 1
+            or row.drafts
+            or row.history
+            or row.scored
+        ):
+            return False
+    return True
+
+
+def _advance(batch: Batch, rows: Sequence[Row], kept: Sequence[Row]) -> Batch:
+    """The batch with the tokens, positions and blocks of `rows`, in the arrays of `kept` ones."""
+    step = batch.step
+    step.tokens[:] = [row.tokens[0] for row in rows]
+    step.positions[:] = starts = [row.start for row in rows]
+    batch.layout.arrays.counter[:, 0] = [start + 1 for start in starts]
+    for index, (row, last) in enumerate(zip(rows, kept, strict=True)):
+        if row.blocks is last.blocks:
+            continue
+        if len(row.blocks) > step.block_tables.shape[1]:
+            tables = _build_tables(rows)
+            wider = StepArrays(
+                step.tokens, step.positions, step.row_offsets, tables, step.logit_rows
+            )
+            return Batch(wider, batch.layout)
+        step.block_tables[index] = -1
+        step.block_tables[index, : len(row.blocks)] = row.blocks
+    return batch

@@ -14,7 +14,7 @@ from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.exec.weights import load_weights
 from twostroke.kernels.cpu.recorder import LANES, Recorder
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector
-from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, StepArrays
+from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, SamplingArrays, StepArrays
 from twostroke.models.decoder import run_head, run_layers
 from twostroke.spec.model import ModelSpec, RopeSpec
 from twostroke.weights.packed import PackedFiles
@@ -73,6 +73,11 @@ class CpuRunner:
         """Computes the step's layers and writes its KV."""
         self._ropes.fill(step.positions)
         self._program.run_body(step.tokens, step.positions, step.row_offsets, step.block_tables)
+
+    def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
+        """Computes the step's layers and draws from its logit rows, in one native call."""
+        self._ropes.fill(step.positions)
+        return Drawn(*self._program.run_step(step, self._logits, arrays))
 
     def get_logits(self, rows: I32) -> F32:
         """Logits (L, vocab) at these token indices of the last step; valid until the next call."""

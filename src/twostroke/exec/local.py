@@ -1,17 +1,19 @@
-"""The in-process executor: one worker thread that runs plans in order over a runner.
+"""The in-process executor: it runs plans in order, over a runner, on a thread that is lent to it.
 
-A runner is a backend's arithmetic (CPU, reference); this file owns what is common: the thread,
-the order of a step (copies, layers, logits, draws), and the promise that every plan is answered
-exactly once. A plan that cannot be computed answers ExecutorLost and changes nothing but KV bytes
-of blocks the plan itself would have written.
+A runner is a backend's arithmetic (CPU, reference); this file owns what is common: the order of a
+step (copies, layers, logits, draws), and the promise that every plan is answered exactly once. A
+plan that cannot be computed answers ExecutorLost and changes nothing but KV bytes of blocks the
+plan itself would have written.
+
+It has no thread of its own: two threads that hand a step to each other and back spend a fifth of a
+short step on it. Whoever started a plan calls `run_pending` when it has nothing else to do.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.core.ports import ExecutorInfo, OnDone
-from twostroke.core.types import BlockId, RowResult, StepOutcome, StepPlan
+from twostroke.core.types import BlockId, StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost
-from twostroke.exec.batch import build_step_arrays
-from twostroke.exec.sampling import LogitLayout, build_logit_layout
+from twostroke.exec.batch import Batch, BatchBuilder
+from twostroke.exec.sampling import build_results
 from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
 
 _log = logging.getLogger(__name__)
@@ -42,14 +44,15 @@ class RunnerSizes:
 class Runner(Protocol):
     """A backend's arithmetic for one step; called from one thread at a time.
 
-    `get_logits` is asked for at most `describe().max_logit_rows` rows of the step last given to
-    `run_layers`; its result may be overwritten by the next call. `view_kv` is the pool as bytes,
-    (parts, blocks, bytes of a block in a part), writable.
+    `run_step` computes the layers of a step and draws from the logits of its `logit_rows`, at most
+    `describe().max_logit_rows` of them. `get_logits` is asked for as many rows of the step last
+    given to `run_step`; its result may be overwritten by the next call. `view_kv` is the pool as
+    bytes, (parts, blocks, bytes of a block in a part), writable.
     """
 
     def describe(self) -> RunnerInfo: ...
 
-    def run_layers(self, step: StepArrays) -> None: ...
+    def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn: ...
 
     def get_logits(self, rows: I32) -> F32: ...
 
@@ -77,16 +80,18 @@ class Draws:
 
 
 class LocalExecutor:
-    """Runs plans on a worker thread (see core.ports.Executor)."""
+    """Runs plans on the thread that calls `run_pending` (see core.ports.Executor).
+
+    One thread uses it.
+    """
 
     def __init__(self, runner: Runner, sizes: RunnerSizes) -> None:
         self._runner = runner
         self._sizes = sizes
-        self._queue: queue.SimpleQueue[tuple[StepPlan, OnDone] | None] = queue.SimpleQueue()
+        self._max_logit_rows = runner.describe().max_logit_rows
+        self._builder = BatchBuilder(self._max_logit_rows)
+        self._pending: deque[tuple[StepPlan, OnDone]] = deque()
         self._closed = False
-        self._lock = threading.Lock()  # orders `start` before or after `close`
-        self._thread = threading.Thread(target=self._work, name="twostroke-executor", daemon=True)
-        self._thread.start()
 
     def describe(self) -> ExecutorInfo:
         """What this executor offers."""
@@ -103,12 +108,22 @@ class LocalExecutor:
         )
 
     def start(self, plan: StepPlan, on_done: OnDone) -> None:
-        """Queues a plan; `on_done` is called once, from the worker thread or, when closed, here."""
-        with self._lock:
-            if not self._closed:
-                self._queue.put((plan, on_done))
-                return
-        on_done(ExecutorLost("the executor is closed"))
+        """Queues a plan; `on_done` is called once, by `run_pending` or, when closed, here."""
+        if self._closed:
+            on_done(ExecutorLost("the executor is closed"))
+        else:
+            self._pending.append((plan, on_done))
+
+    def run_pending(self) -> None:
+        """Computes and answers every plan that was started."""
+        while self._pending:
+            plan, on_done = self._pending.popleft()
+            try:
+                answer: StepOutcome | ExecutorLost = self._run(plan)
+            except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
+                _log.exception("step %d failed", plan.step)
+                answer = ExecutorLost(f"step {plan.step} failed: {type(error).__name__}: {error}")
+            on_done(answer)
 
     def read_kv(self, blocks: Sequence[BlockId]) -> bytes:
         """The bytes of whole blocks, in order; no step may be running."""
@@ -121,43 +136,39 @@ class LocalExecutor:
         view[:, list(blocks)] = np.frombuffer(handle, np.uint8).reshape(shape)
 
     def close(self) -> None:
-        """Stops after the step that is running; plans still queued answer ExecutorLost."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            plan, on_done = job
-            if self._closed:
-                on_done(ExecutorLost("the executor is closed"))
-                continue
-            try:
-                answer: StepOutcome | ExecutorLost = self._run(plan)
-            except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
-                _log.exception("step %d failed", plan.step)
-                answer = ExecutorLost(f"step {plan.step} failed: {type(error).__name__}: {error}")
-            on_done(answer)
+        """Ends it; plans that were started and not run answer ExecutorLost."""
+        self._closed = True
+        while self._pending:
+            _, on_done = self._pending.popleft()
+            on_done(ExecutorLost("the executor is closed"))
 
     def _run(self, plan: StepPlan) -> StepOutcome:
         begin = time.perf_counter_ns()
-        kv = self._runner.view_kv()
-        for copy in plan.copies:
-            kv[:, copy.target] = kv[:, copy.source]
-        layout = build_logit_layout(plan)
-        step = build_step_arrays(plan, layout.positions)
-        self._runner.run_layers(step)
-        results = self._draw(layout)
+        if plan.copies:
+            kv = self._runner.view_kv()
+            for copy in plan.copies:
+                kv[:, copy.target] = kv[:, copy.source]
+        batch = self._builder.build(plan)
+        drawn, scored = self._compute(batch)
+        results = build_results(plan.rows, drawn, scored)
         return StepOutcome(plan.step, results, time.perf_counter_ns() - begin)
 
-    def _draw(self, layout: LogitLayout) -> tuple[RowResult, ...]:
-        """Logits, draws and scores, so many rows at a time as the runner takes."""
-        most = self._runner.describe().max_logit_rows
-        draws = self._runner.get_draws()
-        for chunk in layout.get_chunks(most):
-            logits = self._runner.get_logits(chunk.positions)
-            layout.note(chunk, logits, draws)
-        return layout.get_results()
+    def _compute(self, batch: Batch) -> tuple[list[Drawn], list[Drawn]]:
+        """Layers, logits, draws and scores, so many rows at a time as the runner takes."""
+        runner, layout = self._runner, batch.layout
+        first = batch.step.logit_rows.size
+        drawn = [runner.run_step(batch.step, layout.take_arrays(slice(0, first)))]
+        scored: list[Drawn] = []
+        if first == layout.sampled.size and not layout.scored.size:
+            return drawn, scored
+        draws = runner.get_draws()
+        for chunk in layout.get_chunks(self._max_logit_rows):
+            if chunk.draws and chunk.start < first:
+                continue
+            logits = runner.get_logits(chunk.positions)
+            if chunk.draws:
+                drawn.append(draws.sample(logits, layout.take_arrays(chunk.part)))
+            else:
+                targets, top = layout.targets[chunk.part], layout.top[chunk.part]
+                scored.append(draws.score(logits, targets, top))
+        return drawn, scored

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from twostroke.exec.floats import Ropes, to_float
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
-from twostroke.kernels.ops import F32, I32, KVShape, StepArrays
+from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, StepArrays
 from twostroke.kernels.reference import sampling
 from twostroke.kernels.reference.ops import ReferenceKV, get_pool_extents, make_ops
 from twostroke.models.decoder import run_head, run_layers
@@ -52,6 +52,11 @@ class ReferenceRunner:
         self._ropes.fill(step.positions)
         self._step = step
         self._hidden = run_layers(self._spec, self._ops, self._weights, self._ropes.tables, step)
+
+    def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
+        """Computes the step's layers and draws from its logit rows."""
+        self.run_layers(step)
+        return sampling.sample(self.get_logits(step.logit_rows), arrays)
 
     def get_logits(self, rows: I32) -> F32:
         """Logits (L, vocab) at these token indices of the last step."""

@@ -13,23 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Protocol
 
 import numpy as np
 
-from twostroke.core.types import Row, RowResult, SamplingSpec, StepPlan, Token, TokenLogprob
-from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays
+from twostroke.core.types import Row, RowResult, StepPlan, Token, TokenLogprob
+from twostroke.kernels.ops import I32, Drawn, SamplingArrays
 
 _SEED_MASK = 2**64 - 1
 _INT32_MAX = 2**31 - 1
-
-
-class Sampler(Protocol):
-    """A backend's sampling (see kernels.reference.sampling)."""
-
-    def sample(self, logits: F32, arrays: SamplingArrays, /) -> Drawn: ...
-
-    def score(self, logits: F32, targets: I32, top: I32, /) -> Drawn: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +35,26 @@ class LogitChunk:
     start: int
     draws: bool
 
+    @property
+    def part(self) -> slice:
+        """Which of the step's draws, or scores, these are."""
+        return slice(self.start, self.start + self.positions.size)
 
+
+@dataclass(frozen=True, slots=True)
 class LogitLayout:
-    """The logits one step needs, and what came of them.
+    """The logits one step needs.
 
-    positions (L,): ascending int32 indices of all tokens that need logits. sampled (N,): those
-    that draw, in the order of the rows. scored (S,): those whose next token is known, with that
-    token in targets (S,) and the number of alternatives to report in top (S,).
+    sampled (N,): ascending int32 indices of the tokens that draw, in the order of the rows, with
+    how each is drawn in `arrays`. scored (S,): those whose next token is known, with that token in
+    targets (S,) and the number of alternatives to report in top (S,).
     """
 
-    def __init__(self, plan: StepPlan) -> None:
-        self._plan = plan
-        self._drawn: list[Drawn] = []
-        self._known: list[Drawn] = []
-        self.sampled, self.scored = _find_positions(plan.rows)
-        self.positions: I32 = self.sampled
-        if self.scored.size:
-            self.positions = np.union1d(self.sampled, self.scored)
-        targets = list(chain.from_iterable(row.scored for row in plan.rows))
-        top = [row.scored_top for row in plan.rows for _ in row.scored]
-        self.targets: I32 = np.array(targets, np.int32)
-        self.top: I32 = np.array(top, np.int32)
-        self.arrays = build_sampling_arrays(plan.rows)
+    sampled: I32
+    arrays: SamplingArrays
+    scored: I32
+    targets: I32
+    top: I32
 
     def get_chunks(self, limit: int) -> Iterator[LogitChunk]:
         """What to compute, at most `limit` positions at a time: draws first, then scores."""
@@ -73,26 +62,25 @@ class LogitLayout:
             for start in range(0, positions.size, limit):
                 yield LogitChunk(positions[start : start + limit], start, draws)
 
-    def note(self, chunk: LogitChunk, logits: F32, sampler: Sampler) -> None:
-        """Draws from, or scores with, the chunk's logits (C, vocab). Chunks come in order."""
-        start, stop = chunk.start, chunk.start + chunk.positions.size
-        assert logits.shape[0] == chunk.positions.size
-        if not chunk.draws:
-            known = slice(start, stop)
-            self._known.append(sampler.score(logits, self.targets[known], self.top[known]))
-            return
-        whole = stop - start == self.sampled.size
-        arrays = self.arrays if whole else _take_draws(self.arrays, start, stop)
-        self._drawn.append(sampler.sample(logits, arrays))
-
-    def get_results(self) -> tuple[RowResult, ...]:
-        """One result per row of the plan, in order, once every chunk has been noted."""
-        return build_results(self._plan.rows, _join_drawn(self._drawn), _join_drawn(self._known))
+    def take_arrays(self, part: slice) -> SamplingArrays:
+        """How the draws of `part` are drawn."""
+        if part.start == 0 and part.stop >= self.sampled.size:
+            return self.arrays
+        return _take_draws(self.arrays, part.start, part.stop)
 
 
 def build_logit_layout(plan: StepPlan) -> LogitLayout:
     """The logits a step needs. Entry i of a row's `scored` belongs to the row's token i."""
-    return LogitLayout(plan)
+    sampled, scored = _find_positions(plan.rows)
+    targets = list(chain.from_iterable(row.scored for row in plan.rows))
+    top = [row.scored_top for row in plan.rows for _ in row.scored]
+    return LogitLayout(
+        sampled,
+        build_sampling_arrays(plan.rows),
+        scored,
+        np.array(targets, np.int32),
+        np.array(top, np.int32),
+    )
 
 
 def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
@@ -130,31 +118,30 @@ def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
     )
 
 
-def build_results(rows: Sequence[Row], drawn: Drawn, scored: Drawn) -> tuple[RowResult, ...]:
-    """One result per row, in order; drawn and scored answer all positions of the layout."""
-    draws = _get_entries(drawn)
-    scores = iter(_get_entries(scored)) if scored.tokens.size else iter(())
+def build_results(
+    rows: Sequence[Row], drawn: Sequence[Drawn], scored: Sequence[Drawn]
+) -> tuple[RowResult, ...]:
+    """One result per row, in order; drawn and scored answer the layout's positions, in parts."""
+    tokens = [token for part in drawn for token in part.tokens.tolist()]
+    draws: list[TokenLogprob] | None = None  # made when the first row asks for them
+    scores = iter(_get_entries(scored))
     results = []
     at = 0
     for row in rows:
         spec = row.sampling
-        known = tuple(_cut(next(scores), row.scored_top) for _ in row.scored)
+        known = tuple([_cut(next(scores), row.scored_top) for _ in row.scored])
         if spec is None:
             results.append(RowResult(row.sequence, scored=known))
             continue
-        accepted = _count_accepted(row, draws, at)
-        new = draws[at : at + accepted + 1]
+        accepted = _count_accepted(row, tokens, at) if row.drafts else 0
+        end = at + accepted + 1
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if spec.logprobs is not None:
+            draws = draws or _get_entries(drawn)
+            logprobs = tuple([_cut(entry, spec.logprobs) for entry in draws[at:end]])
+        results.append(RowResult(row.sequence, tuple(tokens[at:end]), accepted, logprobs, known))
         at += row.drafts + 1
-        results.append(
-            RowResult(
-                row.sequence,
-                tuple(entry.token for entry in new),
-                accepted,
-                _get_logprobs(new, spec),
-                known,
-            )
-        )
-    assert at == len(draws), "the draws do not belong to these rows"
+    assert at == len(tokens), "the draws do not belong to these rows"
     return tuple(results)
 
 
@@ -183,25 +170,6 @@ def _take_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays
     )
 
 
-def _join_drawn(parts: Sequence[Drawn]) -> Drawn:
-    """One answer out of several, in order; none gives an answer of no rows."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = sum(part.tokens.size for part in parts)
-    width = max((part.top_tokens.shape[1] for part in parts), default=0)
-    top_tokens = np.full((rows, width), -1, np.int32)
-    top_logprobs = np.full((rows, width), np.nan, np.float32)
-    start = 0
-    for part in parts:
-        count, some = part.top_tokens.shape
-        top_tokens[start : start + count, :some] = part.top_tokens
-        top_logprobs[start : start + count, :some] = part.top_logprobs
-        start += count
-    tokens = np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)])
-    logprobs = np.concatenate([np.empty(0, np.float32), *(part.logprobs for part in parts)])
-    return Drawn(tokens, logprobs, top_tokens, top_logprobs)
-
-
 def _find_positions(rows: Sequence[Row]) -> tuple[I32, I32]:
     """The layout's sampled and scored indices."""
     sampled: list[int] = []
@@ -226,16 +194,20 @@ def _get_offsets(lists: Sequence[Sequence[object]]) -> I32:
     return np.fromiter(accumulate(map(len, lists), initial=0), np.int32, len(lists) + 1)
 
 
-def _get_entries(drawn: Drawn) -> list[TokenLogprob]:
-    """Each row with all alternatives the arrays hold, as Python values."""
-    tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-    if not drawn.top_tokens.shape[1]:
-        return list(map(TokenLogprob, tokens, logprobs))
-    tops = zip(drawn.top_tokens.tolist(), drawn.top_logprobs.tolist(), strict=True)
-    return [
-        TokenLogprob(token, logprob, tuple(zip(best, values, strict=True)))
-        for token, logprob, (best, values) in zip(tokens, logprobs, tops, strict=True)
-    ]
+def _get_entries(parts: Sequence[Drawn]) -> list[TokenLogprob]:
+    """Each row of the parts with all alternatives its arrays hold, as Python values."""
+    entries: list[TokenLogprob] = []
+    for part in parts:
+        tokens, logprobs = part.tokens.tolist(), part.logprobs.tolist()
+        if not part.top_tokens.shape[1]:
+            entries.extend(map(TokenLogprob, tokens, logprobs))
+            continue
+        tops = zip(part.top_tokens.tolist(), part.top_logprobs.tolist(), strict=True)
+        entries.extend(
+            TokenLogprob(token, logprob, tuple(zip(best, values, strict=True)))
+            for token, logprob, (best, values) in zip(tokens, logprobs, tops, strict=True)
+        )
+    return entries
 
 
 def _cut(entry: TokenLogprob, count: int) -> TokenLogprob:
@@ -245,15 +217,10 @@ def _cut(entry: TokenLogprob, count: int) -> TokenLogprob:
     return TokenLogprob(entry.token, entry.logprob, entry.top[:count])
 
 
-def _get_logprobs(new: list[TokenLogprob], spec: SamplingSpec) -> tuple[TokenLogprob, ...]:
-    count = spec.logprobs
-    return () if count is None else tuple(_cut(entry, count) for entry in new)
-
-
-def _count_accepted(row: Row, draws: list[TokenLogprob], at: int) -> int:
+def _count_accepted(row: Row, tokens: list[Token], at: int) -> int:
     """How many leading drafts of a row are the tokens drawn in their places."""
     drafts = row.tokens[len(row.tokens) - row.drafts :]
     for index, draft in enumerate(drafts):
-        if draws[at + index].token != draft:
+        if tokens[at + index] != draft:
             return index
     return row.drafts

@@ -68,6 +68,9 @@ class Tokenizer:
         self._encoder = encoder
         self._ends = ends
         self.strips_space = strips_space
+        # What streams ask for each token, kept once it was worked out; the values never differ.
+        self._bytes: dict[int, bytes] = {}
+        self._control: dict[int, bool] = {}
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Tokenizer:
@@ -141,7 +144,10 @@ class Tokenizer:
 
         Raises InvalidParameter for an id out of range.
         """
-        return self._table.get_bytes(token)
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._table.get_bytes(token)
+        return known
 
     def get_token_text(self, token: int) -> str:
         """The token as its vocabulary spells it. Raises InvalidParameter for an id out of range."""
@@ -150,7 +156,10 @@ class Tokenizer:
 
     def is_control(self, token: int) -> bool:
         """True for tokens that steer the model and are no text. Raises InvalidParameter."""
-        return self._table.is_control(token)
+        known = self._control.get(token)
+        if known is None:
+            known = self._control[token] = self._table.is_control(token)
+        return known
 
     def has_token(self, text: str) -> bool:
         """Whether a token is spelled exactly `text`."""

@@ -8,12 +8,13 @@ calls is the forward pass's own; nothing is reordered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from twostroke.kernels.cpu.fuse import Call, Emit, Gate, Product, Quantise, join_calls
 from twostroke.kernels.cpu.layout import (
     Access,
     BarrierFinder,
@@ -24,7 +25,6 @@ from twostroke.kernels.cpu.layout import (
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector
 from twostroke.kernels.ops import OpTable, RopeTable
 
-Emit = Callable[[Any, list[int], bool], None]
 LANES = 16
 _NO_BIAS = np.zeros(0, np.float32)
 
@@ -54,28 +54,12 @@ class _Spec:
         return self.width if self.quantised else -(-self.width // LANES) * LANES
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One recorded op: the slots it reads and writes, and how to emit it.
-
-    `by_row`: threads divide it by rows. `kv`: the layer whose KV it reads or writes (sign tells:
-    ~layer writes), None for neither.
-    """
-
-    emit: Emit
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    by_row: bool
-    head: bool
-    kv: int | None = None
-
-
 class Recorder:
     """Collects calls; see the module text."""
 
     def __init__(self) -> None:
         self._slots: list[_Spec] = []
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._quantised: dict[int, int] = {}
         self._head = False
 
@@ -128,6 +112,7 @@ class Recorder:
             out,
             lambda p, at, wait: p.linear(weight.native, *at, values, wait),
             by_row=False,
+            kind=Product(weight, values),
         )
         return out
 
@@ -162,7 +147,7 @@ class Recorder:
     def _gated(self, gate: Slot, up: Slot, activation: str) -> Slot:
         out = self._new_slot(gate.width)
         gelu = {"silu": False, "gelu_tanh": True}[activation]
-        self._call((gate, up), out, lambda p, at, wait: p.gated(*at, gelu, wait))
+        self._call((gate, up), out, lambda p, at, wait: p.gated(*at, gelu, wait), kind=Gate(gelu))
         return out
 
     def _add(self, x: Slot, y: Slot) -> Slot:
@@ -173,7 +158,8 @@ class Recorder:
     def _take_rows(self, step: object, x: Slot) -> Slot:
         assert self._head, "take_rows belongs to the head"
         out = self._new_slot(x.width)
-        self._call((x,), out, lambda p, at, wait: p.take_rows(*at, wait), by_row=False)
+        # By row, although it reads other rows than it writes: those are the body's, complete.
+        self._call((x,), out, lambda p, at, wait: p.take_rows(*at, wait))
         return out
 
     # ---- recording -------------------------------------------------------------------------
@@ -186,7 +172,7 @@ class Recorder:
         """x quantised to signed bytes; recorded once, however many products read it."""
         if x.index not in self._quantised:
             slot = self._new_slot(x.width, quantised=True)
-            self._call((x,), slot, lambda p, at, wait: p.quantise(*at, wait))
+            self._call((x,), slot, lambda p, at, wait: p.quantise(*at, wait), kind=Quantise())
             self._quantised[x.index] = slot.index
         return Slot(self._quantised[x.index], x.width)
 
@@ -198,10 +184,11 @@ class Recorder:
         *,
         by_row: bool = True,
         kv: int | None = None,
+        kind: Product | Gate | Quantise | None = None,
     ) -> None:
         writes = () if out is None else (out.index,)
         slots = tuple(slot.index for slot in reads)
-        self._calls.append(_Call(emit, slots, writes, by_row, self._head, kv))
+        self._calls.append(Call(emit, slots, writes, by_row, self._head, kv, kind))
 
     # ---- building --------------------------------------------------------------------------
 
@@ -210,19 +197,13 @@ class Recorder:
 
         Kept slots share their memory with no other, so their values outlast a run.
         """
-        places = self._place_slots({slot.index for slot in kept})
-        ids = [-1] * len(self._slots)
-        head = False
-        for index, spec in enumerate(self._slots):
-            if spec.head and not head:
-                program.start_head()
-                head = True
-            add = program.add_quantised if spec.quantised else program.add_buffer
-            ids[index] = add(spec.width, places[index].start)
+        calls = join_calls(self._calls)
+        places = self._place_slots(calls, {slot.index for slot in kept})
+        ids = self._add_buffers(program, places)
         program.allocate()
         program.start_body()
         finder, head = BarrierFinder(), False
-        for call in self._calls:
+        for call in calls:
             if call.head and not head:
                 program.start_head()
                 finder, head = BarrierFinder(), True
@@ -231,9 +212,22 @@ class Recorder:
             call.emit(program, [ids[slot] for slot in operands], wait)
         return [ids[slot.index] for slot in kept]
 
-    def _place_slots(self, kept: set[int]) -> list[Place]:
-        """A place for every slot: kept ones for good, the others from first write to last use."""
-        last_use = find_last_uses([call.reads + call.writes for call in self._calls])
+    def _add_buffers(self, program: Any, places: Mapping[int, Place]) -> dict[int, int]:
+        """A native buffer for every slot with a place; returns its id by slot."""
+        ids = {}
+        head = False
+        for slot, spec in enumerate(self._slots):
+            if spec.head and not head:
+                program.start_head()
+                head = True
+            if slot in places:
+                add = program.add_quantised if spec.quantised else program.add_buffer
+                ids[slot] = add(spec.width, places[slot].start)
+        return ids
+
+    def _place_slots(self, calls: Sequence[Call], kept: set[int]) -> dict[int, Place]:
+        """A place for every slot in use: kept ones for good, others from first write to last."""
+        last_use = find_last_uses([call.reads + call.writes for call in calls])
         arenas = {spec.arena: PlaceAllocator(spec.arena) for spec in self._slots}
         places: dict[int, Place] = {}
 
@@ -243,17 +237,17 @@ class Recorder:
 
         for slot in sorted(kept):
             place(slot)
-        for index, call in enumerate(self._calls):
+        for index, call in enumerate(calls):
             for slot in call.writes:
                 if slot not in places:
                     place(slot)
             for slot in sorted({*call.reads, *call.writes} - kept):
                 if last_use[slot] == index:
                     arenas[places[slot].arena].give_back(places[slot])
-        return [places[slot] for slot in range(len(self._slots))]
+        return places
 
     @staticmethod
-    def _get_accesses(call: _Call, places: list[Place]) -> list[Access]:
+    def _get_accesses(call: Call, places: Mapping[int, Place]) -> list[Access]:
         accesses = [Access(places[slot], False, call.by_row) for slot in call.reads]
         accesses += [Access(places[slot], True, call.by_row) for slot in call.writes]
         if call.kv is not None:
