@@ -95,8 +95,10 @@ $(STAMPS)/dependencies: pyproject.toml constraints.txt $(STAMPS)/venv
 	@touch $@
 
 # The Python sources are used where they lie (an editable install); only a change to the native code
-# or to the package's description builds again, and then only the files that changed.
+# or to the package's description builds again, and then only the files that changed. Bytecode is
+# written here as an ordinary installation writes it, also where Python is told not to do so itself.
 $(STAMPS)/package: $(NATIVE_SOURCES) $(STAMPS)/dependencies
 	@echo "== native kernels"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m compileall -q src
 	@touch $@

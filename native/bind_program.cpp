@@ -136,6 +136,16 @@ struct BoundProgram {
   }
 };
 
+size_t get_packed_bytes(Format format, int outputs, int inputs) {
+  return Matrix(format, outputs, inputs, nullptr).bytes;
+}
+
+void require_packed(Format format, int outputs, int inputs, const uint8_t* memory, size_t bytes) {
+  require(bytes == get_packed_bytes(format, outputs, inputs),
+          "the memory has not the size of the packed matrix");
+  require(reinterpret_cast<uintptr_t>(memory) % 64 == 0, "packed memory must be aligned to 64");
+}
+
 std::vector<float> to_vector(const Floats& values) {
   return {values.data(), values.data() + values.size()};
 }
@@ -205,22 +215,13 @@ void bind_program(nb::module_& m) {
 
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__",
-           [](Matrix* self, ThreadPool& pool, const std::string& format, ConstBytes file,
-              int outputs, int inputs) {
+           [](Matrix* self, const std::string& format, ConstBytes memory, int outputs, int inputs) {
              const Format parsed = parse_format(format);
-             const FormatInfo& info = get_info(parsed);
-             require(outputs > 0 && inputs > 0 && inputs % info.unit_inputs == 0,
-                     "matrix inputs must fill whole blocks of its format");
-             require(file.size() == static_cast<size_t>(outputs) * inputs / info.file_weights *
-                                        info.file_bytes,
-                     "the bytes given are not a matrix of this shape and format");
-             new (self) Matrix(parsed, outputs, inputs);
-             nb::gil_scoped_release release;
-             pool.parallel([&](int thread, int threads) {
-               const int tiles = self->num_tiles();
-               self->pack(file.data(), tiles * thread / threads, tiles * (thread + 1) / threads);
-             });
-           })
+             require_packed(parsed, outputs, inputs, memory.data(), memory.size());
+             // Const in fact: nothing packs into a matrix that Python made.
+             new (self) Matrix(parsed, outputs, inputs, const_cast<uint8_t*>(memory.data()));
+           },
+           nb::keep_alive<1, 3>())
       .def_ro("outputs", &Matrix::outputs)
       .def_ro("inputs", &Matrix::inputs)
       .def_ro("bytes", &Matrix::bytes)
@@ -243,5 +244,24 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("arena_bytes", [](BoundProgram& p) { return p.program.arena_bytes(); });
   bind_recording(cls);
 
+  m.def("pack", [](ThreadPool& pool, const std::string& format, ConstBytes file, Bytes memory,
+                   int outputs, int inputs) {
+    const Format parsed = parse_format(format);
+    const FormatInfo& info = get_info(parsed);
+    require_packed(parsed, outputs, inputs, memory.data(), memory.size());
+    require(file.size() == static_cast<size_t>(outputs) * inputs / info.file_weights *
+                               info.file_bytes,
+            "the bytes given are not a matrix of this shape and format");
+    Matrix matrix(parsed, outputs, inputs, memory.data());
+    nb::gil_scoped_release release;
+    pool.parallel([&](int thread, int threads) {
+      const int tiles = matrix.num_tiles();
+      matrix.pack(file.data(), tiles * thread / threads, tiles * (thread + 1) / threads);
+    });
+  });
+  m.def("packed_bytes", [](const std::string& format, int outputs, int inputs) {
+    return get_packed_bytes(parse_format(format), outputs, inputs);
+  });
+  m.def("layout_fingerprint", &get_layout_fingerprint);
   m.def("kernels_name", [](const std::string& name) { return get_kernels(name.c_str()).name; });
 }

@@ -1,12 +1,10 @@
 #include "pack.h"
 
-#include <sys/mman.h>
-
 #include <array>
 #include <bit>
 #include <cstring>
-#include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "half.h"
 
@@ -182,27 +180,17 @@ Format parse_format(const std::string& name) {
 
 const FormatInfo& get_info(Format format) { return kInfos[static_cast<size_t>(format)]; }
 
-Matrix::Matrix(Format format, int outputs, int inputs)
+Matrix::Matrix(Format format, int outputs, int inputs, uint8_t* memory)
     : format(format),
       outputs(outputs),
       inputs(inputs),
       tile_bytes(static_cast<size_t>(inputs) / get_info(format).unit_inputs *
                  get_info(format).unit_bytes),
       bytes(tile_bytes * num_tiles()),
-      data_(nullptr) {
+      data_(memory) {
   if (outputs < 1 || inputs < 1 || inputs % get_info(format).unit_inputs != 0) {
     throw std::invalid_argument("matrix inputs must fill whole blocks of its format");
   }
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  madvise(memory, bytes, MADV_HUGEPAGE);  // advice only: failure costs speed, not correctness
-#endif
-  data_ = static_cast<uint8_t*>(memory);
-}
-
-Matrix::~Matrix() {
-  if (data_ != nullptr) munmap(data_, bytes);
 }
 
 void Matrix::pack(const uint8_t* file, int first_tile, int last_tile) {
@@ -213,7 +201,7 @@ void Matrix::pack(const uint8_t* file, int first_tile, int last_tile) {
     uint8_t* tile = data_ + static_cast<size_t>(t) * tile_bytes;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int output = t * kLanes + lane;
-      if (output >= outputs) continue;  // fresh mappings are zero: weight and scale 0
+      if (output >= outputs) continue;  // the memory is zero: weight and scale 0
       const uint8_t* row = file + static_cast<size_t>(output) * row_bytes;
       if (is_float(format)) {
         const size_t size = info.file_bytes;
@@ -291,6 +279,27 @@ void Matrix::read_row(int output, float* out) const {
                  half_at(unit + 32) * static_cast<float>(block[16 + lane]);
     }
   }
+}
+
+uint64_t get_layout_fingerprint() {
+  constexpr int kOutputs = 2 * kLanes + 5, kInputs = 2 * kSuperBlock;
+  uint64_t hash = 0xCBF29CE484222325u;  // FNV-1a, a word at a time
+  for (size_t index = 0; index < kInfos.size(); ++index) {
+    const FormatInfo& info = kInfos[index];
+    std::vector<uint8_t> file(static_cast<size_t>(kOutputs) * kInputs / info.file_weights *
+                              info.file_bytes);
+    uint32_t state = 1;
+    for (uint8_t& byte : file) byte = static_cast<uint8_t>((state = state * 1664525u + 1013904223u) >> 24);
+    const auto format = static_cast<Format>(index);
+    std::vector<uint8_t> packed(Matrix(format, kOutputs, kInputs, nullptr).bytes);
+    Matrix matrix(format, kOutputs, kInputs, packed.data());
+    matrix.pack(file.data(), 0, matrix.num_tiles());
+    for (size_t at = 0; at + 4 <= packed.size(); at += 4) {
+      hash = (hash ^ load_word(packed.data() + at)) * 0x100000001B3u;
+    }
+    hash = (hash ^ packed.size()) * 0x100000001B3u;
+  }
+  return hash;
 }
 
 }  // namespace twostroke

@@ -47,16 +47,15 @@ constexpr bool is_float(Format format) {
   return format == Format::F32 || format == Format::F16 || format == Format::BF16;
 }
 
-// A packed weight matrix. Owns its memory (aligned to 64 bytes, huge pages where the system has
-// them to give).
+// A packed weight matrix in memory it borrows: `bytes` of it, aligned to 64, which outlive it. Only
+// `pack` writes there; a matrix that is never packed may lie in read-only memory.
 class Matrix {
  public:
-  Matrix(Format format, int outputs, int inputs);
-  ~Matrix();
+  Matrix(Format format, int outputs, int inputs, uint8_t* memory);
   Matrix(const Matrix&) = delete;
   Matrix& operator=(const Matrix&) = delete;
 
-  // Fills tiles first <= tile < last from the file's bytes (row-major blocks).
+  // Fills tiles first <= tile < last, zero so far, from the file's bytes (row-major blocks).
   void pack(const uint8_t* file, int first_tile, int last_tile);
 
   // Writes the `inputs` float32 weights of one output (an embedding).
@@ -74,5 +73,9 @@ class Matrix {
  private:
   uint8_t* data_;
 };
+
+// A number that differs, all but surely, between builds that pack differently: a hash of what a few
+// made-up rows of every format become. Packed bytes kept from another build are told apart by it.
+uint64_t get_layout_fingerprint();
 
 }  // namespace twostroke

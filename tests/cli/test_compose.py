@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,26 @@ def test_a_broken_template_leaves_the_model_usable(tmp_path: Path) -> None:
         assert llm.generate([PROMPT], PARAMS)
 
 
+def test_without_chat_the_template_is_left_alone(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    recipe.keys["tokenizer.chat_template"] = (recipe.keys["general.name"][0], "{{ messages }}")
+    path = recipe.write(tmp_path / "chat.gguf")
+    for has_chat in (True, False):
+        settings = EngineSettings(model=str(path), threads=1, has_chat=has_chat)
+        with LLM.from_settings(settings) as llm:
+            assert (llm.built.parts.chat_template is not None) == has_chat
+
+
+def test_an_engine_that_cannot_be_built_leaves_no_thread(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    kind, _ = recipe.keys["tokenizer.ggml.pre"]
+    recipe.keys["tokenizer.ggml.pre"] = (kind, "no-such")
+    path = recipe.write(tmp_path / "no-such.gguf")
+    with pytest.raises(UnsupportedModel, match="no-such"):
+        build_engine(EngineSettings(model=str(path), threads=1))
+    assert [each.name for each in threading.enumerate() if "twostroke" in each.name] == []
+
+
 @pytest.mark.parametrize(
     ("wanted", "error"),
     [
@@ -128,7 +149,8 @@ def test_both_strokes_have_their_floor(model_file: Path) -> None:
         before = llm.stats()
         llm.generate([PROMPT], PARAMS)
         measured = measure(before, llm.stats())
-        floors = get_stroke_floors(llm.built, measured, measure_device(1))
+        spec, settings = llm.built.parts.spec, llm.built.settings
+        floors = get_stroke_floors(spec, settings, measured, measure_device(1))
     prefill, decode = get_strokes(measured, *floors)
     assert (prefill.tokens, decode.tokens) == (5, 6)
     assert prefill.share is not None

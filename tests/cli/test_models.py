@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from twostroke.cli.main import build_app
+from twostroke.cli.app import build_app
 from twostroke.cli.models import PullProgress, build_models_table
 from twostroke.weights.catalog import ListedModel, ModelCost, NotPulled, Unreadable
 

@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from twostroke.cli.main import build_app
-from twostroke.cli.options import ModelOption, SamplingOptions, ServeOptions, as_command
+from twostroke.cli.app import as_command, build_app
+from twostroke.cli.options import ModelOption, SamplingOptions, ServeOptions
 from twostroke.errors import (
     CorruptModel,
     InvalidParameter,
@@ -70,7 +70,7 @@ def test_an_error_is_one_line_on_standard_error() -> None:
 
 def test_a_closed_pipe_ends_a_command_quietly() -> None:
     code = (
-        "from twostroke.cli.options import as_command\n"
+        "from twostroke.cli.app import as_command\n"
         "import typer\n"
         "def command() -> None:\n"
         "    for _ in range(100_000):\n"

@@ -13,4 +13,5 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("twostroke.text.merges._get_cache_folder", lambda: folder)
+        patch.setattr("twostroke.text.merges.LEAST_CACHED", 1)
         yield

@@ -34,7 +34,7 @@ def test_a_byte_level_vocabulary_is_read(tmp_path: Path) -> None:
     assert (vocabulary.bos, vocabulary.eos, vocabulary.unknown) == (VOCAB - 2, 0, None)
     adds = (vocabulary.add_bos, vocabulary.add_eos, vocabulary.add_space_prefix)
     assert adds == (False, False, False)
-    assert vocabulary.scores == []
+    assert len(vocabulary.scores) == 0
     assert vocabulary.chat_template is None
 
 
@@ -48,7 +48,7 @@ def test_a_sentencepiece_vocabulary_that_says_nothing_gets_the_defaults(tmp_path
         True,
     )
     assert vocabulary.scores[3] == -3.0
-    assert vocabulary.types[:4] == [2, 3, 3, 1]
+    assert list(vocabulary.types[:4]) == [2, 3, 3, 1]
 
 
 def test_what_a_file_says_wins_over_the_defaults(tmp_path: Path) -> None:

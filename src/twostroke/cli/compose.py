@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,10 @@ from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import EngineParts, Message, Prompt
 from twostroke.errors import TemplateError
 from twostroke.exec.build import build_executor
-from twostroke.exec.local import RunnerSizes
+from twostroke.exec.local import LocalExecutor, RunnerSizes
 from twostroke.text.chat import ChatTemplate, build_chat_template
 from twostroke.text.tokenizer import Tokenizer, build_tokenizer
-from twostroke.weights.catalog import resolve
+from twostroke.weights.catalog import get_cache_dir, resolve
 from twostroke.weights.load import OpenModel, open_model
 
 
@@ -54,16 +55,14 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         model = undo.enter_context(open_model(resolve(wanted.model)))
         spec = model.spec
         settings = resolve_settings(wanted, spec, read_machine())
+        # Mapping or packing the weights leaves Python to the tokenizer.
+        beside = ThreadPoolExecutor(1, "twostroke-build")
+        building = beside.submit(_build_executor, model, settings)
+        beside.shutdown(wait=False)
+        undo.callback(_close_when_built, building)
         tokenizer = build_tokenizer(model.vocabulary)
-        template = find_chat_template(model, tokenizer)
-        sizes = RunnerSizes(
-            threads=settings.threads,
-            num_blocks=settings.num_blocks,
-            block_tokens=settings.block_tokens,
-            max_step_tokens=settings.step_tokens,
-        )
-        executor = build_executor(model, settings.backend, sizes)
-        undo.callback(executor.close)
+        template = find_chat_template(model, tokenizer) if wanted.has_chat else None
+        executor = building.result()
         config = SchedulerConfig(
             num_blocks=settings.num_blocks,
             block_tokens=settings.block_tokens,
@@ -83,6 +82,21 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)
+
+
+def _build_executor(model: OpenModel, settings: ResolvedSettings) -> LocalExecutor:
+    sizes = RunnerSizes(
+        threads=settings.threads,
+        num_blocks=settings.num_blocks,
+        block_tokens=settings.block_tokens,
+        max_step_tokens=settings.step_tokens,
+    )
+    return build_executor(model, settings.backend, sizes, get_cache_dir() / "packed")
+
+
+def _close_when_built(building: Future[LocalExecutor]) -> None:
+    if building.exception() is None:
+        building.result().close()
 
 
 def find_chat_template(model: OpenModel, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -127,16 +141,25 @@ class LLM:
         kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token budget of one
         step. max_rows: most sequences in one step. Raises what `build_engine` does.
         """
-        self._built = build_engine(
-            EngineSettings(
-                model=str(model),
-                backend=backend,
-                threads=threads,
-                kv_memory=kv_memory,
-                step_tokens=step_tokens,
-                max_rows=max_rows,
-            )
+        settings = EngineSettings(
+            model=str(model),
+            backend=backend,
+            threads=threads,
+            kv_memory=kv_memory,
+            step_tokens=step_tokens,
+            max_rows=max_rows,
         )
+        self._start(settings)
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> LLM:
+        """The model that settings name, ready to generate."""
+        llm = cls.__new__(cls)
+        llm._start(settings)
+        return llm
+
+    def _start(self, settings: EngineSettings) -> None:
+        self._built = build_engine(settings)
         self._engine = OfflineLLM(self._built.parts)
 
     @property

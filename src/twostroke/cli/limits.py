@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from twostroke.cli.compose import BuiltEngine
 from twostroke.cli.machine import read_machine
-from twostroke.cli.settings import KV_ELEMENT_BYTES
+from twostroke.cli.settings import KV_ELEMENT_BYTES, ResolvedSettings
 from twostroke.cli.strokes import Measured, StrokeFloor, add_floors
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import RowShape, StepShape, get_floor_seconds, get_model_work
 
 _BANDWIDTH_SECONDS = 0.15
+_BANDWIDTH_BYTES = 224 * 2**20  # seven times a large cache, and less than an engine takes
 _RATE_SECONDS = 0.06
 # Decode steps whose floor is computed; those between differ by the KV of a few tokens, which
 # grows evenly, so the mean over evenly spaced ones is the mean over all.
@@ -26,7 +27,9 @@ def measure_device(threads: int) -> DeviceSpec:
     """This machine's limits with `threads` threads, in well under a second."""
     from twostroke import _native
 
-    _, bandwidth = _native.measure_read_bandwidth(threads, seconds=_BANDWIDTH_SECONDS)
+    _, bandwidth = _native.measure_read_bandwidth(
+        threads, bytes=_BANDWIDTH_BYTES, seconds=_BANDWIDTH_SECONDS
+    )
     _, int8 = _native.measure_int8_rate(threads, seconds=_RATE_SECONDS)
     _, fp32 = _native.measure_fp32_rate(threads, seconds=_RATE_SECONDS)
     return DeviceSpec(
@@ -40,11 +43,11 @@ def measure_device(threads: int) -> DeviceSpec:
 
 
 def get_stroke_floors(
-    built: BuiltEngine, measured: Measured, device: DeviceSpec
+    spec: ModelSpec, settings: ResolvedSettings, measured: Measured, device: DeviceSpec
 ) -> tuple[StrokeFloor, StrokeFloor | None]:
     """Least time of prefill, and of decode where there was one, for a request that ran alone."""
-    settings, prompt = built.settings, measured.prompt_tokens
-    work = get_model_work(built.parts.spec, KV_ELEMENT_BYTES[settings.backend])
+    prompt = measured.prompt_tokens
+    work = get_model_work(spec, KV_ELEMENT_BYTES[settings.backend])
 
     def add(rows: Iterable[RowShape]) -> StrokeFloor:
         return add_floors(

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from twostroke.cli.main import build_app
+from twostroke.cli.app import build_app
 
 _HEAD = """# Command line
 

@@ -24,6 +24,8 @@ def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOpti
             max_rows=serving.max_rows,
         )
     )
+    # Before anybody waits: later it would hold up everything that is being streamed.
+    built.parts.tokenizer.prepare()
     print(format_summary(built), file=sys.stderr)
 
     def announce(host: str, port: int) -> None:

@@ -33,7 +33,8 @@ class EngineSettings:
     """What a user asked for; None leaves the choice to the engine.
 
     model: name, path or org/name. kv_memory: bytes, or text such as "512MiB". step_tokens: token
-    budget of one step. max_rows: most sequences in one step.
+    budget of one step. max_rows: most sequences in one step. has_chat: False leaves the chat
+    template alone, for those who send plain prompts only.
     """
 
     model: str
@@ -42,6 +43,7 @@ class EngineSettings:
     kv_memory: int | str | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
+    has_chat: bool = True
 
 
 @dataclass(frozen=True, slots=True)

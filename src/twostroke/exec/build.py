@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from twostroke.errors import DeviceError
 from twostroke.exec.local import LocalExecutor, RunnerSizes
 from twostroke.weights.load import OpenModel
+from twostroke.weights.packed import PackedFiles
 
 BACKENDS = ("cpu", "reference")
 
 
-def build_executor(model: OpenModel, backend: str, sizes: RunnerSizes) -> LocalExecutor:
+def build_executor(
+    model: OpenModel, backend: str, sizes: RunnerSizes, packed: Path | None = None
+) -> LocalExecutor:
     """An in-process executor over `model`'s weights; `backend` is "cpu" or "reference".
 
+    packed: the folder where packed weights are kept between starts; None keeps none.
     Raises DeviceError for an unknown backend or when the native module is missing, and
     UnsupportedModel when the backend cannot run the model.
     """
@@ -27,4 +33,5 @@ def build_executor(model: OpenModel, backend: str, sizes: RunnerSizes) -> LocalE
         raise DeviceError(
             f"the native CPU module cannot be loaded ({error}); use --backend reference"
         ) from error
-    return LocalExecutor(CpuRunner(model.spec, model.tensors, sizes), sizes)
+    files = None if packed is None else PackedFiles(packed, model.identities)
+    return LocalExecutor(CpuRunner(model.spec, model.tensors, sizes, files=files), sizes)

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import UnsupportedModel
-from twostroke.exec.floats import make_ropes, to_float
+from twostroke.exec.floats import Ropes
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
+from twostroke.exec.weights import load_weights
 from twostroke.kernels.cpu.recorder import LANES, Recorder
-from twostroke.kernels.cpu.weights import PackedMatrix, Vector, pack_matrix
+from twostroke.kernels.cpu.weights import PackedMatrix, Vector
 from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, SamplingArrays, StepArrays
 from twostroke.models.decoder import run_head, run_layers
 from twostroke.spec.model import ModelSpec, RopeSpec
+from twostroke.weights.packed import PackedFiles
 from twostroke.weights.tensor import HostTensor
 
 MAX_LOGIT_ROWS = 64
@@ -24,7 +26,8 @@ MAX_LOGIT_ROWS = 64
 class CpuRunner:
     """Computes steps with the native kernels (see exec.local.Runner).
 
-    `isa` picks the instruction set: "auto", or one by name, for tests.
+    isa: picks the instruction set: "auto", or one by name, for tests. files: where packed weights
+    are kept; without it they are packed into memory.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class CpuRunner:
         tensors: Mapping[str, HostTensor],
         sizes: RunnerSizes,
         isa: str = "auto",
+        files: PackedFiles | None = None,
     ) -> None:
         from twostroke._native import Program, ThreadPool, kernels_name
 
@@ -48,12 +52,13 @@ class CpuRunner:
         )
         kv = np.zeros(shape.bytes, np.uint8)
         self._blocks: NDArray[np.uint8] = kv.reshape(1, sizes.num_blocks, -1)
-        weights = _prepare_weights(self._pool, spec, tensors)
+        weights = load_weights(self._pool, spec, tensors, files)
         kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)
         self._program = Program(
             self._pool, isa, kv, kv_shape, True, sizes.max_step_tokens, MAX_LOGIT_ROWS
         )
-        self._logits = record(spec, self._program, weights, make_ropes(spec, tensors, sizes))
+        self._ropes = Ropes(spec, tensors, sizes)
+        self._logits = record(spec, self._program, weights, self._ropes.tables)
         self._backend = f"cpu ({kernels_name(isa)})"
         self._weight_bytes = sum(
             weight.bytes if isinstance(weight, PackedMatrix) else weight.values.nbytes
@@ -66,10 +71,12 @@ class CpuRunner:
 
     def run_layers(self, step: StepArrays) -> None:
         """Computes the step's layers and writes its KV."""
+        self._ropes.fill(step.positions)
         self._program.run_body(step.tokens, step.positions, step.row_offsets, step.block_tables)
 
     def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
         """Computes the step's layers and draws from its logit rows, in one native call."""
+        self._ropes.fill(step.positions)
         return Drawn(*self._program.run_step(step, self._logits, arrays))
 
     def get_logits(self, rows: I32) -> F32:
@@ -112,16 +119,3 @@ def record(
     recorder.start_head()
     (logits,) = recorder.build(program, [run_head(spec, ops, weights, no_step, hidden)])
     return logits
-
-
-def _prepare_weights(
-    pool: Any, spec: ModelSpec, tensors: Mapping[str, HostTensor]
-) -> dict[str, PackedMatrix | Vector]:
-    weights: dict[str, PackedMatrix | Vector] = {}
-    for name, tensor in tensors.items():
-        shape = tensor.spec.shape
-        if len(shape) == 2:
-            weights[name] = pack_matrix(pool, tensor.spec.format, tensor.data, (shape[0], shape[1]))
-            continue
-        weights[name] = Vector(to_float(spec, tensor))
-    return weights

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from twostroke.exec.floats import make_ropes, to_float
+from twostroke.exec.floats import Ropes, to_float
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, StepArrays
 from twostroke.kernels.reference import sampling
@@ -38,7 +38,7 @@ class ReferenceRunner:
         self._kv_bytes = memory.view(np.uint8).reshape(2 * spec.num_layers, sizes.num_blocks, -1)
         self._ops = make_ops(ReferenceKV(memory[0], memory[1]))
         self._weights = {name: to_float(spec, tensor) for name, tensor in tensors.items()}
-        self._ropes = make_ropes(spec, tensors, sizes)
+        self._ropes = Ropes(spec, tensors, sizes)
         self._step: StepArrays | None = None
         self._hidden: F32 | None = None
 
@@ -49,8 +49,9 @@ class ReferenceRunner:
 
     def run_layers(self, step: StepArrays) -> None:
         """Computes the step's layers and writes its KV."""
+        self._ropes.fill(step.positions)
         self._step = step
-        self._hidden = run_layers(self._spec, self._ops, self._weights, self._ropes, step)
+        self._hidden = run_layers(self._spec, self._ops, self._weights, self._ropes.tables, step)
 
     def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
         """Computes the step's layers and draws from its logit rows."""

@@ -52,17 +52,17 @@ def _scale_llama3(frequencies: F64, scaling: Llama3Scaling) -> F64:
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def make_rope_table(
-    rope: RopeSpec,
-    head_dim: int,
-    positions: int,
-    layout: RopeLayout,
-    factors: F64 | None = None,
-) -> RopeTable:
-    """cos and sin (positions, head_dim/2) float32 for positions 0 … positions-1."""
-    angles = np.arange(positions, dtype=np.float64)[:, None] * get_frequencies(
-        rope, head_dim, factors
-    )
-    return RopeTable(
-        np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), layout.value
-    )
+def make_rope_table(head_dim: int, positions: int, layout: RopeLayout) -> RopeTable:
+    """cos and sin (positions, head_dim/2) float32, not filled in yet; see `fill_rope_rows`.
+
+    What was never filled takes no memory.
+    """
+    shape = (positions, head_dim // 2)
+    return RopeTable(np.empty(shape, np.float32), np.empty(shape, np.float32), layout.value)
+
+
+def fill_rope_rows(table: RopeTable, frequencies: F64, first: int, last: int) -> None:
+    """Writes cos and sin for positions first <= position < last; see `get_frequencies`."""
+    angles = np.arange(first, last, dtype=np.float64)[:, None] * frequencies
+    table.cos[first:last] = np.cos(angles)
+    table.sin[first:last] = np.sin(angles)

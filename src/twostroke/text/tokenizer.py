@@ -1,6 +1,6 @@
 """Tokenizer: text to token ids and back, for every kind of vocabulary a model file brings.
 
-Owns the rules around the `tokenizers` library, which does the merging: special tokens are found
+Owns the rules around the merger: special tokens are found
 first, then each piece between them is encoded by itself; a begin token is added where the
 vocabulary says so and never twice. Ids equal llama.cpp's for the same file, with exceptions on
 purpose: with parse_special=False no control token ever comes out of plain text, a begin token the
@@ -18,15 +18,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from twostroke.errors import CorruptModel, InvalidParameter, UnsupportedModel
-from twostroke.spec.vocabulary import TokenType, Vocabulary, VocabularyKind
+from twostroke.spec.vocabulary import Texts, TokenType, Vocabulary, VocabularyKind
+from twostroke.text.merger import Merger, MergeRules
 from twostroke.text.merges import get_cuts
 from twostroke.text.pretokenize import build_pretokenizer, find_family
 from twostroke.text.special import SpecialMatcher
 from twostroke.text.tokens import SPACE_MARK, Spelling, TokenTable, get_byte_letters
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Merger
+    from tokenizers import Tokenizer as Library
 
 _GAP = "a byte without a token"  # no token of byte-level BPE has a space in its spelling
 
@@ -34,10 +37,13 @@ _GAP = "a byte without a token"  # no token of byte-level BPE has a space in its
 class Encoder(Protocol):
     """Text to ids, without begin and end tokens.
 
-    parse_special: whether control tokens spelled out in the text become those tokens.
+    parse_special: whether control tokens spelled out in the text become those tokens. `prepare`
+    does now what the first long text would wait for.
     """
 
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+    def prepare(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,10 @@ class Tokenizer:
                 ids.append(eos)
         return ids
 
+    def prepare(self) -> None:
+        """Do now what is otherwise done for the first long text: up to half a second of work."""
+        self._encoder.prepare()
+
     def decode(
         self, ids: Iterable[int], *, skip_special: bool = False, after_prompt: bool = False
     ) -> str:
@@ -178,13 +188,19 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         return _open_json(vocabulary)
     _check_lists(vocabulary)
     ends = _get_ends(vocabulary, [], [])
+    tokens = vocabulary.tokens
+    texts = tokens if isinstance(tokens, Texts) else Texts.join(tokens)
     if vocabulary.kind is VocabularyKind.SENTENCEPIECE:
-        table = TokenTable(vocabulary.tokens, vocabulary.types, Spelling.MARKED_SPACES)
+        table = TokenTable(tokens, vocabulary.types, Spelling.MARKED_SPACES)
+        merger = Merger(texts, get_cuts(vocabulary), _get_sentencepiece_rules(vocabulary))
         prefix = SPACE_MARK if vocabulary.add_space_prefix else ""
-        encoder = _PieceEncoder(vocabulary, _build_sentencepiece(vocabulary), prefix, " ")
+        encoder = _PieceEncoder(vocabulary, merger, prefix, " ")
         return Tokenizer(table, encoder, ends, vocabulary.add_space_prefix)
-    table = TokenTable(vocabulary.tokens, vocabulary.types, Spelling.BYTE_LETTERS)
-    return Tokenizer(table, _PieceEncoder(vocabulary, _build_byte_bpe(vocabulary)), ends)
+    table = TokenTable(tokens, vocabulary.types, Spelling.BYTE_LETTERS)
+    rules = _get_byte_bpe_rules(vocabulary)
+    return Tokenizer(
+        table, _PieceEncoder(vocabulary, Merger(texts, get_cuts(vocabulary), rules)), ends
+    )
 
 
 def _get_ends(vocabulary: Vocabulary, first: list[int], last: list[int]) -> Ends:
@@ -212,37 +228,41 @@ def _open_json(vocabulary: Vocabulary) -> Tokenizer:
 
 
 class _PieceEncoder:
-    """Finds special tokens, then encodes what lies between them piece by piece."""
+    """Finds special tokens, then merges what lies between them."""
 
     def __init__(
         self, vocabulary: Vocabulary, merger: Merger, prefix: str = "", marked: str = ""
     ) -> None:
         """prefix: put before a text and after each special token. marked: written as U+2581."""
-        user: list[tuple[int, str]] = []
-        control: list[tuple[int, str]] = []
-        for token, kind in enumerate(vocabulary.types):
-            if kind == TokenType.USER_DEFINED:
-                user.append((token, vocabulary.tokens[token]))
-            elif kind in (TokenType.CONTROL, TokenType.UNKNOWN):
-                control.append((token, vocabulary.tokens[token]))
+        types = np.frombuffer(bytes(vocabulary.types), np.uint8)
+        tokens = vocabulary.tokens
+        user, control = (
+            [(token, tokens[token]) for token in np.flatnonzero(np.isin(types, kinds)).tolist()]
+            for kinds in ((TokenType.USER_DEFINED,), (TokenType.CONTROL, TokenType.UNKNOWN))
+        )
         self._plain = SpecialMatcher(user)
         self._all = SpecialMatcher([*user, *control])
         self._merger = merger
         self._prefix = prefix
         self._marked = marked
-        self._gap = len(vocabulary.tokens)
+        self._gap = len(tokens)
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """See Encoder."""
+        parts = (self._all if parse_special else self._plain).split(text)
+        pieces = [self._mark(part) for part in parts if isinstance(part, str)]
+        merged = iter(self._merger.merge(pieces) if pieces else ())
         ids: list[int] = []
-        for piece in (self._all if parse_special else self._plain).split(text):
-            if isinstance(piece, int):
-                ids.append(piece)
-                continue
-            if self._marked:
-                piece = self._prefix + piece.replace(self._marked, SPACE_MARK)
-            ids += self._merger.encode(piece, add_special_tokens=False).ids
+        for part in parts:
+            ids += [part] if isinstance(part, int) else next(merged)
         return [token for token in ids if token != self._gap] if self._gap in ids else ids
+
+    def prepare(self) -> None:
+        """See Encoder."""
+        self._merger.prepare()
+
+    def _mark(self, piece: str) -> str:
+        return self._prefix + piece.replace(self._marked, SPACE_MARK) if self._marked else piece
 
 
 def _check_lists(vocabulary: Vocabulary) -> None:
@@ -260,48 +280,44 @@ def _check_lists(vocabulary: Vocabulary) -> None:
             )
 
 
-def _get_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    ids = {text: token for token, text in enumerate(vocabulary.tokens)}
-    if len(ids) != len(vocabulary.tokens):
-        twice = next(text for token, text in enumerate(vocabulary.tokens) if ids[text] != token)
-        raise CorruptModel(f"vocabulary: token {twice!r} occurs twice")
-    return ids
-
-
-def _build_byte_bpe(vocabulary: Vocabulary) -> Merger:
-    from tokenizers import Tokenizer as Library
-    from tokenizers.models import BPE
-
+def _get_byte_bpe_rules(vocabulary: Vocabulary) -> MergeRules:
     family = find_family(vocabulary.pre)
-    ids = _get_ids(vocabulary)
     letters = get_byte_letters()
-    merges: list[tuple[str, str]] = []
-    for rank, line in enumerate(vocabulary.merges):
-        # Searched from the second character on, as a merge may begin with a space.
-        at = line.find(" ", 1)
-        left, right = line[:at], line[at + 1 :]
-        if at < 0 or left not in ids or right not in ids or left + right not in ids:
-            raise CorruptModel(f"vocabulary: merge {rank}, {line!r}, is not of two tokens to one")
-        merges.append((left, right))
-    # A byte without a token must stay between its neighbours until all merges are done, or they
-    # would merge over it; so it becomes an id beyond the vocabulary, which encode() drops.
-    gap = {} if all(letter in ids for letter in letters) else {_GAP: len(ids)}
-    unknown = _GAP if gap else None
-    merger = Library(BPE(ids | gap, merges, unk_token=unknown, ignore_merges=family.whole_words))
-    merger.pre_tokenizer = build_pretokenizer(family)
-    return merger
+    spelling = {byte: letter for letter, byte in letters.items()}
+    gap_id = len(vocabulary.tokens)
+
+    def make(ids: dict[str, int], pairs: list[tuple[str, str]]) -> Library:
+        from tokenizers import Tokenizer as Library
+        from tokenizers.models import BPE
+
+        # A byte without a token must stay between its neighbours until all merges are done, or
+        # they would merge over it; so it becomes an id beyond the vocabulary, which encode() drops.
+        gap = {} if all(letter in ids for letter in letters) else {_GAP: gap_id}
+        unknown = _GAP if gap else None
+        whole_words = family.whole_words
+        library = Library(BPE(ids | gap, pairs, unk_token=unknown, ignore_merges=whole_words))
+        library.pre_tokenizer = build_pretokenizer(family)
+        return library
+
+    def spell(piece: str) -> str:
+        return piece.encode().decode("latin-1").translate(spelling)
+
+    return MergeRules(make, spell, tuple(letters))
 
 
-def _build_sentencepiece(vocabulary: Vocabulary) -> Merger:
-    from tokenizers import Tokenizer as Library
-    from tokenizers.models import BPE
-
-    ids = _get_ids(vocabulary)
-    has_bytes = all(f"<0x{byte:02X}>" in ids for byte in range(256))
-    if not has_bytes and vocabulary.unknown is None:
+def _get_sentencepiece_rules(vocabulary: Vocabulary) -> MergeRules:
+    names = tuple(f"<0x{byte:02X}>" for byte in range(256))
+    unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
+    if unknown is None and not set(names) <= set(vocabulary.tokens):
         raise UnsupportedModel(
             "vocabulary: it has neither the 256 byte tokens <0x00> … <0xFF> nor an unknown token"
         )
-    unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
-    pairs = get_cuts(vocabulary).get_pairs(vocabulary.tokens)
-    return Library(BPE(ids, pairs, byte_fallback=has_bytes, unk_token=unknown))
+
+    def make(ids: dict[str, int], pairs: list[tuple[str, str]]) -> Library:
+        from tokenizers import Tokenizer as Library
+        from tokenizers.models import BPE
+
+        has_bytes = all(name in ids for name in names)
+        return Library(BPE(ids, pairs, byte_fallback=has_bytes, unk_token=unknown))
+
+    return MergeRules(make, str, names if unknown is None else (*names, unknown))

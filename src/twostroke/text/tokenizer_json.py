@@ -42,6 +42,9 @@ class JsonEncoder:
         ids: list[int] = library.encode(text, add_special_tokens=False).ids
         return ids
 
+    def prepare(self) -> None:
+        """See Encoder: a tokenizer.json is opened whole."""
+
     def _get_ignoring(self) -> Library:
         with self._lock:
             if not self._ignoring:

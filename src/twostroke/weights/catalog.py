@@ -5,12 +5,12 @@ nothing (`pull.py` does) and opens nothing but, for the listing, headers.
 
     <cache>/models/FILE.gguf     catalog models, whole and checked
     <cache>/hub/ORG--NAME        Hugging Face folders, whole
+    <cache>/packed, <cache>/tokenizers    made at the first start of a model, and again if deleted
     <cache>/partial, <cache>/locks    work in progress; safe to delete when nothing is pulled
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -153,6 +153,8 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def describe_unknown(name: str) -> str:
     """What to say about a name that is no model: near misses, and all that is known."""
+    import difflib
+
     near = difflib.get_close_matches(name.lower(), CATALOG, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     known = ", ".join(CATALOG)

@@ -3,7 +3,7 @@
 It owns the container: header, typed metadata, tensor table, alignment. It knows nothing of
 architectures. Every count and length is compared with the bytes that remain before anything is
 allocated, and the whole table is checked before anything is handed out: no partial load. Large
-arrays are only stepped over; they are parsed when asked for.
+arrays are only stepped over; their items are read when asked for.
 
     "GGUF" | u32 version | u64 tensors | u64 pairs | pairs … | tensor infos … | pad | data …
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 
 from twostroke.errors import CorruptModel, UnsupportedModel
 from twostroke.spec.quant import Format
-from twostroke.weights.mapping import map_file
+from twostroke.spec.vocabulary import Texts
+from twostroke.weights.mapping import FileIdentity, map_file
+from twostroke.weights.string_array import find_not_utf8, find_run
 
 
 class ValueType(enum.IntEnum):
@@ -51,12 +53,16 @@ class ValueType(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
-    """An array still in the file: bytes start … end - 1 hold `count` elements."""
+    """An array still in the file: bytes start … end - 1 hold `count` elements.
+
+    string_starts (count,): where each string's bytes begin, for an array of strings.
+    """
 
     element: ValueType
     count: int
     start: int
     end: int
+    string_starts: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class GGUFFile:
     entries: Mapping[str, Entry]
     tensors: Mapping[str, TensorInfo]
     mapping: mmap
+    identity: FileIdentity
 
     @property
     def file_bytes(self) -> int:
@@ -105,20 +112,19 @@ class GGUFFile:
         info = self.tensors[name]
         return np.frombuffer(self.mapping, np.uint8, info.bytes, info.offset)
 
-    def get_strings(self, array: ArrayValue, key: str) -> list[str]:
-        """Parse a string array; CorruptModel names `key` where one is not UTF-8."""
-        assert array.element is ValueType.STRING
-        region = self.mapping[array.start : array.end]
-        read, strings, position = _U64.unpack_from, [], 0
-        try:
-            for _ in range(array.count):
-                start = position + 8
-                position = start + read(region, position)[0]
-                strings.append(region[start:position].decode())
-        except UnicodeDecodeError as error:
-            where = f"item {len(strings)} of key '{key}' at byte {array.start + start}"
-            raise CorruptModel(f"{self.path}: {where} is not UTF-8: {error.reason}") from error
-        return strings
+    def get_strings(self, array: ArrayValue, key: str) -> Texts:
+        """The strings of an array; CorruptModel names `key` where one is not UTF-8."""
+        starts = array.string_starts
+        assert starts is not None, key
+        ends = np.append(starts[1:] - 8, array.end) if array.count else starts
+        wrong = find_not_utf8(self.mapping, starts, ends)
+        if wrong is not None:
+            try:
+                self.mapping[starts[wrong] : ends[wrong]].decode()
+            except UnicodeDecodeError as error:
+                where = f"item {wrong} of key '{key}' at byte {starts[wrong]}"
+                raise CorruptModel(f"{self.path}: {where} is not UTF-8: {error.reason}") from error
+        return Texts(self.mapping, starts.data, ends.data)
 
     def get_numbers(self, array: ArrayValue) -> NDArray[np.generic]:
         """Parse an array of numbers or bools: (count,), a read-only view."""
@@ -131,7 +137,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises: CorruptModel for a truncated or lying file, UnsupportedModel for a version, value or
     tensor type we do not read, UnknownModel if it cannot be opened.
     """
-    mapping = map_file(path, least_bytes=_HEADER.size)
+    mapping, identity = map_file(path, least_bytes=_HEADER.size)
     cursor = _Cursor(path, mapping)
     version, num_tensors, num_pairs = _read_header(cursor)
     cursor.check_count(num_pairs, _LEAST_PAIR_BYTES, "metadata pairs")
@@ -153,7 +159,7 @@ def read_gguf(path: Path) -> GGUFFile:
         tensors[info.name] = info
     tensors = _place_tensors(cursor, tensors, alignment)
     proxy = MappingProxyType
-    return GGUFFile(path, version, alignment, proxy(entries), proxy(tensors), mapping)
+    return GGUFFile(path, version, alignment, proxy(entries), proxy(tensors), mapping, identity)
 
 
 class _Cursor:
@@ -213,17 +219,29 @@ class _Cursor:
             self.fail(f"an empty {what}", start)
         return name
 
-    def skip_strings(self, count: int, what: str) -> None:
-        """Step over `count` strings, reading lengths only."""
+    def skip_strings(self, count: int, what: str) -> NDArray[np.int64]:
+        """Step over `count` strings, reading lengths only; returns where their bytes begin."""
         mapping, read, last = self.mapping, _U64.unpack_from, self.end - 8
-        position = self.position
-        for index in range(count):
-            if position > last:
-                self.fail(f"the file ends inside item {index} of {what}", self.position)
-            position += 8 + read(mapping, position)[0]
+        starts = np.empty(count, np.int64)
+        position, index, steps = self.position, 0, _STEPS
+        while index < count:
+            run = find_run(mapping, position, count - index)
+            if run.size:
+                starts[index : index + run.size] = run + 8
+                index += run.size
+                position = int(run[-1]) + 8 + mapping[int(run[-1])]
+            # Where long strings are many, fewer and fewer attempts to go faster are made.
+            steps = _STEPS if run.size > steps else 2 * steps
+            for _ in range(min(steps, count - index)):
+                if position > last:
+                    self.fail(f"the file ends inside item {index} of {what}", self.position)
+                starts[index] = position + 8
+                position += 8 + read(mapping, position)[0]
+                index += 1
         if position > self.end:
             self.fail(f"the file ends inside the last item of {what}", self.position)
         self.position = position
+        return starts
 
 
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
@@ -267,10 +285,10 @@ def _read_array(cursor: _Cursor, key: str) -> ArrayValue:
     what, start = f"key '{key}'", cursor.position
     if element is ValueType.STRING:
         cursor.check_count(count, 8, f"strings of {what}")
-        cursor.skip_strings(count, what)
-    else:
-        cursor.check_count(count, _LAYOUTS[element].size, f"items of {what}")
-        cursor.position += count * _LAYOUTS[element].size
+        starts = cursor.skip_strings(count, what)
+        return ArrayValue(element, count, start, cursor.position, starts)
+    cursor.check_count(count, _LAYOUTS[element].size, f"items of {what}")
+    cursor.position += count * _LAYOUTS[element].size
     return ArrayValue(element, count, start, cursor.position)
 
 
@@ -360,6 +378,7 @@ _HEADER = struct.Struct("<4sIQQ")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _MOST_NAME_BYTES = 65535
+_STEPS = 64
 _LEAST_PAIR_BYTES = 8 + 1 + 4 + 1
 _LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import CorruptModel, UnsupportedModel
+from twostroke.spec.vocabulary import Texts
 from twostroke.weights.gguf import ArrayValue, Entry, GGUFFile, ValueType
 
 _Default = TypeVar("_Default", int, float, str)
@@ -86,8 +87,8 @@ class Metadata:
             self.refuse(key, f"holds {entry.value.element.name}, not {wanted}")
         return entry.value
 
-    def get_strings(self, key: str) -> list[str]:
-        """Parse an array of strings."""
+    def get_strings(self, key: str) -> Texts:
+        """An array of strings, checked to be UTF-8."""
         return self.file.get_strings(self.get_array(key, ValueType.STRING), key)
 
     def get_numbers(self, key: str, count: int, *elements: ValueType) -> NDArray[np.generic]:

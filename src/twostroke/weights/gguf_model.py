@@ -31,6 +31,7 @@ from twostroke.weights.binding import StoredTensor, bind_tensors
 from twostroke.weights.gguf import GGUFFile, ValueType, read_gguf
 from twostroke.weights.gguf_metadata import Metadata
 from twostroke.weights.gguf_vocabulary import check_vocabulary, read_vocabulary
+from twostroke.weights.mapping import FileIdentity
 from twostroke.weights.tensor import HostTensor
 
 # Keys under `<architecture>.` that are read or checked below, and those that change nothing.
@@ -114,6 +115,11 @@ class GGUFModel:
     file: GGUFFile
     spec: ModelSpec
     tensors: Mapping[str, HostTensor]
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """The one file."""
+        return (self.file.identity,)
 
     @property
     def file_bytes(self) -> int:

@@ -7,12 +7,16 @@ building it (a quarter of a million strings for gemma) waits until somebody need
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
 
-from twostroke.spec.vocabulary import TokenType, Vocabulary, VocabularyKind
+import numpy as np
+from numpy.typing import NDArray
+
+from twostroke.spec.vocabulary import Texts, TokenType, Vocabulary, VocabularyKind
 from twostroke.weights.gguf import ValueType
 from twostroke.weights.gguf_metadata import Metadata
 from twostroke.weights.stop_tokens import is_turn_end
+from twostroke.weights.string_array import may_repeat
 
 _PREFIX = "tokenizer.ggml."
 _UNDERSTOOD = frozenset(
@@ -94,9 +98,9 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     return Vocabulary(
         kind=kind,
         tokens=tokens,
-        types=types.tolist(),
-        scores=_read_scores(metadata, len(tokens)) if plain else [],
-        merges=[] if plain else metadata.get_strings(_PREFIX + "merges"),
+        types=types.tobytes(),
+        scores=_read_scores(metadata, len(tokens)) if plain else (),
+        merges=() if plain else metadata.get_strings(_PREFIX + "merges"),
         pre=pre,
         bos=bos,
         eos=eos,
@@ -120,38 +124,38 @@ def _get_kind(metadata: Metadata) -> VocabularyKind:
     return VocabularyKind(model)
 
 
-def _read_tokens(metadata: Metadata) -> list[str]:
+def _read_tokens(metadata: Metadata) -> Texts:
     """The token texts; an empty one gets the name llama.cpp gives it, so that texts differ."""
     key = _PREFIX + "tokens"
-    tokens = metadata.get_strings(key)
-    if "" in tokens:
-        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
-    if len(set(tokens)) != len(tokens):
-        seen: dict[str, int] = {}
-        for index, token in enumerate(tokens):
-            if seen.setdefault(token, index) != index:
-                metadata.refuse(key, f"has {token!r} twice, as {seen[token]} and {index}")
-    return tokens
+    texts = metadata.get_strings(key)
+    starts, ends = np.asarray(texts.starts, np.int64), np.asarray(texts.ends, np.int64)
+    if (starts < ends).all() and not may_repeat(metadata.file.mapping, starts, ends):
+        return texts
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(texts)]
+    seen: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if seen.setdefault(token, index) != index:
+            metadata.refuse(key, f"has {token!r} twice, as {seen[token]} and {index}")
+    return Texts.join(tokens)
 
 
-def _read_types(metadata: Metadata, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _read_types(metadata: Metadata, count: int) -> NDArray[np.uint8]:
     key = _PREFIX + "token_type"
     if not metadata.has(key):
-        return np.full(count, TokenType.NORMAL, np.int64)
+        return np.full(count, TokenType.NORMAL, np.uint8)
     types = metadata.get_numbers(key, count, ValueType.INT32, ValueType.UINT32)
     wrong = np.flatnonzero((types < min(TokenType)) | (types > max(TokenType)))  # type: ignore[operator]
     if wrong.size:
         metadata.refuse(key, f"gives token {wrong[0]} the unknown type {types[wrong[0]]}")
-    return types.astype(np.int64)
+    return types.astype(np.uint8)
 
 
-def _read_scores(metadata: Metadata, count: int) -> list[float]:
+def _read_scores(metadata: Metadata, count: int) -> array[float]:
     key = _PREFIX + "scores"
     scores = metadata.get_numbers(key, count, ValueType.FLOAT32).astype(np.float64)
     if not np.isfinite(scores).all():
         metadata.refuse(key, "has a score that is not finite")
-    as_list: list[float] = scores.tolist()
-    return as_list
+    return array("d", scores.tobytes())
 
 
 def _read_id(metadata: Metadata, name: str, default: int | None, count: int) -> int | None:
@@ -176,8 +180,8 @@ def _read_adds(metadata: Metadata, name: str, token: int | None, default: bool) 
 
 def _find_stop_tokens(
     metadata: Metadata,
-    tokens: list[str],
-    types: np.ndarray[tuple[int], np.dtype[np.int64]],
+    tokens: Texts,
+    types: NDArray[np.uint8],
     eos: int | None,
 ) -> frozenset[int]:
     """Ids that end a turn or text: those named by key, and control tokens known to mean it."""
@@ -186,8 +190,9 @@ def _find_stop_tokens(
         token = _read_id(metadata, name, None, len(tokens))
         if token is not None:
             stops.add(token)
-    special = np.isin(types, (TokenType.CONTROL, TokenType.USER_DEFINED))
-    for index in np.flatnonzero(special).tolist():
-        if is_turn_end(tokens[index], is_control=bool(types[index] == TokenType.CONTROL)):
-            stops.add(index)
+    for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+        is_control = kind is TokenType.CONTROL
+        for index in np.flatnonzero(types == kind).tolist():
+            if is_turn_end(tokens[index], is_control=is_control):
+                stops.add(index)
     return frozenset(stops)

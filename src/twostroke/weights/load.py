@@ -9,30 +9,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING
 
 from twostroke.errors import ModelError, UnknownModel, UnsupportedModel
 from twostroke.spec.vocabulary import Vocabulary
-from twostroke.weights.gguf_model import GGUFModel, read_gguf_model
-from twostroke.weights.safetensors_model import SafetensorsModel, read_safetensors_model
 from twostroke.weights.tensor import HostTensor
 
+if TYPE_CHECKING:
+    from twostroke.weights.gguf_model import GGUFModel
+    from twostroke.weights.safetensors_model import SafetensorsModel
+
+    ModelSource = GGUFModel | SafetensorsModel
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-ModelSource = GGUFModel | SafetensorsModel
 
 
 class OpenModel:
     """A model whose facts are known and whose weights are mapped.
 
-    path: what was opened. spec: its facts. file_bytes: size of the weight files. unused_bytes:
-    tensor bytes in them the model does not need (a tied head's copy, a vision tower), so that
-    spec.weight_bytes + unused_bytes is every tensor byte stored.
+    path: what was opened. spec: its facts. identities: the weight files. file_bytes: their size.
+    unused_bytes: tensor bytes in them the model does not need (a tied head's copy, a vision tower),
+    so that spec.weight_bytes + unused_bytes is every tensor byte stored.
     """
 
     def __init__(self, path: Path, source: ModelSource) -> None:
         self.path = path
         self.spec = source.spec
+        self.identities = source.identities
         self.file_bytes = source.file_bytes
         self.unused_bytes = source.unused_bytes
         self._source: ModelSource | None = source
@@ -86,8 +89,10 @@ def open_model(path: Path) -> OpenModel:
 
 
 def _read_source(path: Path) -> ModelSource:
-    """Let the reader of the path's format read it."""
+    """Let the reader of the path's format read it; only that reader is imported."""
     if path.is_dir():
+        from twostroke.weights.safetensors_model import read_safetensors_model
+
         return read_safetensors_model(path)
     if not path.exists():
         raise UnknownModel(f"{path}: there is no such file or folder")
@@ -99,4 +104,6 @@ def _read_source(path: Path) -> ModelSource:
         raise UnsupportedModel(f"{path}: weights alone do not describe a model; {hint}")
     if not path.is_file():
         raise UnsupportedModel(f"{path}: neither a regular file nor a folder")
+    from twostroke.weights.gguf_model import read_gguf_model
+
     return read_gguf_model(path)

@@ -20,7 +20,7 @@ from twostroke.errors import CorruptModel, UnsupportedModel
 from twostroke.spec.quant import Format
 from twostroke.weights.binding import StoredTensor
 from twostroke.weights.json_file import parse_json
-from twostroke.weights.mapping import map_file
+from twostroke.weights.mapping import FileIdentity, map_file
 
 _LENGTH = struct.Struct("<Q")
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the format's own library
@@ -30,11 +30,11 @@ _FORMATS = {"F32": Format.F32, "F16": Format.F16, "BF16": Format.BF16}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SafetensorsFile:
-    """A checked file: its tensors under their own names, and its size in bytes."""
+    """A checked file: its tensors under their own names, and which file it is."""
 
     path: Path
     tensors: dict[str, StoredTensor]
-    file_bytes: int
+    identity: FileIdentity
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
@@ -43,7 +43,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     Raises: CorruptModel for a truncated or lying file, UnsupportedModel for an element type that
     is not F32, F16 or BF16, UnknownModel if it cannot be opened.
     """
-    mapping = map_file(path, least_bytes=_LENGTH.size + 2)
+    mapping, identity = map_file(path, least_bytes=_LENGTH.size + 2)
     length = _LENGTH.unpack_from(mapping)[0]
     base = _LENGTH.size + length
     if length > _MOST_HEADER_BYTES or base > len(mapping):
@@ -52,7 +52,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     header.pop("__metadata__", None)
     tensors = {name: _read_tensor(path, mapping, base, name, header[name]) for name in header}
     _check_cover(path, tensors, base, len(mapping))
-    return SafetensorsFile(path, tensors, len(mapping))
+    return SafetensorsFile(path, tensors, identity)
 
 
 def _read_tensor(path: Path, mapping: mmap, base: int, name: str, info: Any) -> StoredTensor:

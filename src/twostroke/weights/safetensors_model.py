@@ -23,6 +23,7 @@ from twostroke.weights.binding import StoredTensor, bind_tensors
 from twostroke.weights.hf_config import read_config
 from twostroke.weights.hf_vocabulary import read_vocabulary
 from twostroke.weights.json_file import read_json
+from twostroke.weights.mapping import FileIdentity
 from twostroke.weights.safetensors_file import read_safetensors
 from twostroke.weights.tensor import HostTensor
 
@@ -70,13 +71,21 @@ _ROTARY_BUFFER = re.compile(r"model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SafetensorsModel:
-    """A folder understood. unused_bytes: of stored tensors that the model does not need."""
+    """A folder understood. unused_bytes: of stored tensors that the model does not need.
+
+    identities: the weight files.
+    """
 
     folder: Path
     spec: ModelSpec
     tensors: Mapping[str, HostTensor]
-    file_bytes: int
+    identities: tuple[FileIdentity, ...]
     unused_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.size for file in self.identities)
 
     def read_vocabulary(self) -> Vocabulary:
         """Build the vocabulary; see hf_vocabulary."""
@@ -90,7 +99,7 @@ def read_safetensors_model(folder: Path) -> SafetensorsModel:
     """
     _check_folder(folder)
     spec = read_config(folder)
-    found, file_bytes = _read_tensors(folder)
+    found, identities = _read_tensors(folder)
     stored: dict[str, StoredTensor] = {}
     unused_bytes = 0
     for source, tensor in found.items():
@@ -105,7 +114,7 @@ def read_safetensors_model(folder: Path) -> SafetensorsModel:
         stored[name] = tensor
     unused_bytes += _drop_tied_head(folder, spec, stored)
     spec, tensors = bind_tensors(folder, spec, stored, lambda name: _get_source(name, spec))
-    return SafetensorsModel(folder, spec, tensors, file_bytes, unused_bytes)
+    return SafetensorsModel(folder, spec, tensors, identities, unused_bytes)
 
 
 def _check_folder(folder: Path) -> None:
@@ -126,15 +135,17 @@ def _check_folder(folder: Path) -> None:
     raise UnknownModel(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, StoredTensor], int]:
-    """All tensors of the folder by their names there, and the size of the files."""
+def _read_tensors(
+    folder: Path,
+) -> tuple[dict[str, StoredTensor], tuple[FileIdentity, ...]]:
+    """All tensors of the folder by their names there, and the files."""
     if (folder / _SINGLE).exists():
         file = read_safetensors(folder / _SINGLE)
-        return file.tensors, file.file_bytes
+        return file.tensors, (file.identity,)
     index = folder / _INDEX
     where = _read_weight_map(index)
     found: dict[str, StoredTensor] = {}
-    file_bytes = 0
+    identities: list[FileIdentity] = []
     for shard in sorted(set(where.values())):
         if not (folder / shard).is_file():
             raise CorruptModel(f"{folder}: shard '{shard}' is missing; {_INDEX} names it")
@@ -143,11 +154,11 @@ def _read_tensors(folder: Path) -> tuple[dict[str, StoredTensor], int]:
             if where.get(name) != shard:
                 raise CorruptModel(f"{index}: tensor '{name}' is in {shard}, not where it says")
         found |= file.tensors
-        file_bytes += file.file_bytes
+        identities.append(file.identity)
     for name, shard in where.items():
         if name not in found:
             raise CorruptModel(f"{index}: tensor '{name}' is not in {shard}")
-    return found, file_bytes
+    return found, tuple(identities)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""The commands by name, and what each exits with.
+
+Each command's work is in the module of its own name, imported when it runs: no engine, tokenizer or
+server library may be imported here, so that `--help` and errors come at once. Here also is the one
+place where an error becomes an exit code: 2 for what the caller must change, 1 for everything else
+that is ours to report, 130 after Ctrl-C, 141 when nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twostroke.cli.options import (
+    GenerateOptions,
+    MachineOptions,
+    ModelOption,
+    SamplingOptions,
+    ServeOptions,
+)
+from twostroke.errors import InvalidRequest, TwostrokeError, UnknownModel
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: `run` takes one value of each group of options, and its docstring is the help."""
+
+    run: Callable[..., None]
+    groups: tuple[type[Any], ...]
+
+
+def pull(model: ModelOption) -> None:
+    """Fetch a model into the cache and check it."""
+    from twostroke.cli.models import run_pull
+
+    run_pull(model.model)
+
+
+def models() -> None:
+    """List models and what each costs in memory."""
+    from twostroke.cli.models import run_models
+
+    run_models()
+
+
+def generate(
+    model: ModelOption, generation: GenerateOptions, sampling: SamplingOptions, on: MachineOptions
+) -> None:
+    """Answer one prompt and show both strokes."""
+    from twostroke.cli.generate import run_generate
+
+    run_generate(model.model, generation, sampling, on)
+
+
+def chat(model: ModelOption, sampling: SamplingOptions, on: MachineOptions) -> None:
+    """Talk with a model."""
+    from twostroke.cli.chat import run_chat
+
+    run_chat(model.model, sampling, on)
+
+
+def serve(model: ModelOption, serving: ServeOptions, on: MachineOptions) -> None:
+    """Serve a model over an OpenAI-compatible API."""
+    from twostroke.cli.serve import run_serve
+
+    run_serve(model.model, serving, on)
+
+
+COMMANDS = {
+    "pull": Command(pull, (ModelOption,)),
+    "models": Command(models, ()),
+    "generate": Command(generate, (ModelOption, GenerateOptions, SamplingOptions, MachineOptions)),
+    "chat": Command(chat, (ModelOption, SamplingOptions, MachineOptions)),
+    "serve": Command(serve, (ModelOption, ServeOptions, MachineOptions)),
+}
+
+
+def run_with_code(run: Callable[[], None]) -> int:
+    """Run a command; returns its exit code. Errors are told on standard error."""
+    try:
+        run()
+        sys.stdout.flush()
+    except TwostrokeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidRequest | UnknownModel) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
