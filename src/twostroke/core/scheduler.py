@@ -293,9 +293,9 @@ class Scheduler:
         admitted without a row in this step, since it would hold blocks for nothing.
         """
         roster = self._roster
-        while draft.has_room:
+        while True:
             head = roster.waiting.try_head()
-            if head is None or (before is not None and head.key > before):
+            if head is None or not draft.has_room or (before is not None and head.key > before):
                 return
             if draft.slack is None:
                 draft.slack = roster.measure_slack()
@@ -338,7 +338,8 @@ class Scheduler:
             count += 1
             ending = self._find_ending(sequence)
         tokens, logprobs = result.tokens[:count], result.logprobs[:count]
-        scored = sequence.group.take_scored() if sequence.id.index == 0 else ()
+        group = sequence.group
+        scored = group.take_scored() if sequence.id.index == 0 and not group.scored_emitted else ()
         updates.append(TokensEmitted(sequence.id, tokens, logprobs, scored))
         if ending is not None:
             updates.append(self._roster.end(sequence, ending))

@@ -69,7 +69,7 @@ class Collector:
             into.ending = delta.ending
             self._generated_tokens += len(delta.tokens)
         self._done += ended
-        if self._tells_progress or self.is_done:
+        if self._tells_progress or self._done == len(self.collected):
             self.changed.set()
 
     def get_progress(self) -> Progress:

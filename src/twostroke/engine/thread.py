@@ -129,6 +129,8 @@ class EngineThread:
         No more than that: functions that keep coming must not keep the work from its turn.
         """
         taken: deque[Callable[[], None]] = deque()
+        if wait_s == 0 and self._sent.empty():
+            return taken
         try:
             taken.append(self._sent.get(timeout=wait_s))
             for _ in range(self._sent.qsize()):
