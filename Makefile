@@ -22,8 +22,6 @@ export PIP_NO_INPUT := 1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-PEERS := .venv-peers
-LLAMA_CPP_PYTHON := 0.3.36
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -type f 2>/dev/null)
 
 .PHONY: help setup run serve test check lint unit docs bench bench-peers clean
@@ -63,15 +61,15 @@ unit: setup lint
 docs: setup  ## Write docs/reference/cli.md anew from the commands themselves.
 	@$(BIN)/python -m twostroke.cli.reference > docs/reference/cli.md
 
-bench: setup  ## Measure prefill and decode beside this machine's limits and any installed peer.
-	@$(BIN)/twostroke pull "$$MODEL"
-	@$(BIN)/python -m twostroke.bench --model "$$MODEL" \
-		$(if $(wildcard $(PEERS)/stamp),--peer-python $(PEERS)/bin/python)
+bench: setup  ## Measure MODEL beside this machine's limits and every installed peer (BENCH=options).
+	@case "$$MODEL" in *-synthetic) ;; *) $(BIN)/twostroke pull "$$MODEL";; esac
+	@$(BIN)/python -m twostroke.bench --models "$$MODEL" $(BENCH)
 
-bench-peers: $(PEERS)/stamp  ## Build llama.cpp for this machine, for `make bench` to compare with.
+bench-peers: setup  ## Install llama.cpp, OpenVINO, Transformers and vLLM for `make bench`.
+	@$(BIN)/python -m twostroke.bench.install
 
 clean:  ## Remove builds, caches and virtual environments; pulled models stay.
-	rm -rf build dist $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist $(VENV) .venv-peers* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -------------------------------------------------------------------------------------
@@ -101,11 +99,4 @@ $(STAMPS)/dependencies: pyproject.toml constraints.txt $(STAMPS)/venv
 $(STAMPS)/package: $(NATIVE_SOURCES) $(STAMPS)/dependencies
 	@echo "== native kernels"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@touch $@
-
-$(PEERS)/stamp: constraints.txt
-	@echo "== llama-cpp-python $(LLAMA_CPP_PYTHON), compiled for this machine (several minutes)"
-	@$(PYTHON) -m venv $(PEERS)
-	@CMAKE_ARGS="-DGGML_NATIVE=ON" $(PEERS)/bin/python -m pip install --quiet \
-		--no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@touch $@

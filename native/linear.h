@@ -234,8 +234,8 @@ inline void sum_any_rows(const LinearArgs& args, const uint8_t* tile, int row, f
 template <Format FORMAT>
 inline void sum_panel(const LinearArgs& args, int tile_index, int tiles, int first, int rows,
                       float* panel) {
-  if constexpr (kUnpackWhole && !is_float(FORMAT)) {
-    constexpr int TOGETHER = Traits<FORMAT>::HALVES == 1 ? kPanelTiles : 1;
+  if constexpr (kUnpackTiles > 0 && !is_float(FORMAT)) {
+    constexpr int TOGETHER = Traits<FORMAT>::HALVES == 1 ? kUnpackTiles : 1;
     if (args.rows >= 4) {
       int t = 0;
       for (; t + TOGETHER <= tiles; t += TOGETHER) {

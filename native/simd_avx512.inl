@@ -99,4 +99,4 @@ struct Dot {
   }
 };
 
-constexpr bool kUnpackWhole = true;  // two tiles of a block fit the registers
+constexpr int kUnpackTiles = 2;  // tiles of a block that are unpacked once for many rows

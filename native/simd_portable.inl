@@ -139,4 +139,4 @@ struct Dot {
   }
 };
 
-constexpr bool kUnpackWhole = false;  // whether two tiles' blocks fit the registers
+constexpr int kUnpackTiles = 0;  // too few registers to unpack a block once for many rows

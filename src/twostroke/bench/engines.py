@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from twostroke.errors import EngineError
 
-_LAST_WORDS = 2000
+_LAST_LINES = 3
 
 
 class BenchEngineFailed(EngineError):
@@ -31,22 +31,11 @@ class EngineCommand:
 
     name: str
     command: tuple[str, ...]
-
-
-def get_our_command(model: Path, threads: int) -> EngineCommand:
-    """This engine's worker."""
-    command = (sys.executable, "-m", "twostroke.bench.worker", str(model), str(threads))
-    return EngineCommand("twostroke", command)
-
-
-def get_llama_cpp_command(python: str, model: Path, threads: int) -> EngineCommand:
-    """llama.cpp's worker, run by the Python that has llama-cpp-python."""
-    script = Path(__file__).with_name("llama_cpp_worker.py")
-    return EngineCommand("llama.cpp", (python, str(script), str(model), str(threads)))
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class BenchEngine:
-    """A started worker. `start_s` is from starting the process to being ready."""
+    """A started worker. start_s: from starting the process to being ready. about: its greeting."""
 
     def __init__(self, command: EngineCommand) -> None:
         """Start it and wait until it is ready. Raises BenchEngineFailed."""
@@ -60,11 +49,17 @@ class BenchEngine:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
+                env={**os.environ, **command.environment},
             )
             undo.callback(self._end_process)
-            self.description = str(self._read()["ready"])
+            self.about = self._read()
             self.start_s = time.perf_counter() - begin
             self._resources = undo.pop_all()
+
+    @property
+    def description(self) -> str:
+        """What it calls itself, with its version."""
+        return str(self.about["ready"])
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One measurement. Raises BenchEngineFailed."""
@@ -73,6 +68,10 @@ class BenchEngine:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._read()
+
+    def get_peak_bytes(self) -> int:
+        """The most memory it and its children have had resident so far."""
+        return get_peak_bytes(self._process.pid)
 
     def close(self) -> None:
         """End the process."""
@@ -83,11 +82,7 @@ class BenchEngine:
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # what was not sent is of no use now
             self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process)
         self._process.stdout.close()
 
     def _read(self) -> dict[str, Any]:
@@ -97,8 +92,7 @@ class BenchEngine:
             answer: dict[str, Any] = json.loads(line)
             return answer
         self._process.wait()
-        self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace")[-_LAST_WORDS:].strip()
+        words = read_last_words(self._errors)
         raise BenchEngineFailed(f"{self.name} ended with {self._process.returncode}: {words}")
 
 
@@ -113,3 +107,41 @@ def start_engines(
         except (BenchEngineFailed, OSError) as error:
             refused[command.name] = str(error)
     return engines, refused
+
+
+def end_process(process: subprocess.Popen[Any], patience_s: float = 10) -> None:
+    """Wait for a process that was told to end, and kill it when it does not."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def read_last_words(errors: IO[bytes]) -> str:
+    """The last lines a process wrote to standard error, where Python puts what went wrong."""
+    errors.seek(0)
+    return get_last_lines(errors.read().decode(errors="replace"))
+
+
+def get_last_lines(text: str) -> str:
+    """The last lines that are not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-_LAST_LINES:])
+
+
+def get_peak_bytes(process: int) -> int:
+    """The most memory a process has had resident, and its children, each at its own peak.
+
+    Pages of a mapped file count as the system counts them: those that were touched.
+    """
+    folder = Path(f"/proc/{process}")
+    try:
+        status = (folder / "status").read_text()
+        children = " ".join(
+            (task / "children").read_text() for task in (folder / "task").iterdir()
+        ).split()
+    except OSError:  # it has ended, or this system has no /proc
+        return 0
+    [peak] = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")]
+    return peak * 1024 + sum(get_peak_bytes(int(child)) for child in children)

@@ -1,8 +1,7 @@
-"""The benchmark's driver: limits, our engine and peers, turn by turn, round after round.
+"""The benchmark's driver: our engine, its peers and this machine's limits in one run.
 
-In each round the limits are measured, then every engine runs the workload once, in an order that
-alternates; ratios are of medians over rounds. Our greedy tokens must be the same in every round;
-how far a peer's agree is reported. People read the table; the last line is one JSON object.
+It chooses models, engines and workloads, has them measured in turn, and reports. People read the
+tables on standard error; the last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -10,35 +9,34 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from twostroke.bench.engines import (
-    BenchEngine,
-    EngineCommand,
-    get_llama_cpp_command,
-    get_our_command,
-    start_engines,
-)
-from twostroke.bench.report import (
-    OURS,
-    Measurement,
-    build_table,
-    count_agreeing,
-    describe,
-    draw,
-    summarise,
-)
-from twostroke.bench.startup import time_first_token, time_import, time_peer_first_token
-from twostroke.bench.workloads import SEED, STANDARD, Workload, get_floor, make_prompt
+from twostroke.bench.bars import judge
+from twostroke.bench.engines import BenchEngineFailed, EngineCommand, start_engines
+from twostroke.bench.lineup import ENGINES, OURS, Lineup, PeerAbsent
+from twostroke.bench.measure import Bench, Pace, collect_peaks
+from twostroke.bench.plot import draw
+from twostroke.bench.report import build_tables, list_agreement, list_missing
+from twostroke.bench.results import ModelResult
+from twostroke.bench.served import get_load_floor, make_burst, make_poisson
+from twostroke.bench.servers import measure_served
+from twostroke.bench.startup import measure_start
+from twostroke.bench.synthetic import SYNTHETIC, make_synthetic
+from twostroke.bench.workloads import SEED, STANDARD, choose
 from twostroke.cli.limits import format_device, measure_device
 from twostroke.cli.machine import read_machine
 from twostroke.errors import TwostrokeError
 from twostroke.spec.model import ModelSpec
 from twostroke.weights.catalog import resolve
 from twostroke.weights.load import open_model
+
+WORKLOADS = tuple(one.name for one in STANDARD)
+SERVED = ("burst", "poisson")
 
 
 def main() -> None:
@@ -53,123 +51,169 @@ def main() -> None:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="twostroke.bench", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m", help="name or path of a GGUF file")
-    parser.add_argument("--peer-python", help="a Python that has llama-cpp-python")
-    parser.add_argument("--threads", type=int, default=read_machine().cores)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each workload")
-    parser.add_argument("--only", help="only workloads whose name contains this")
-    parser.add_argument("--plot", type=Path, help="where to draw the shares of the limit (PNG)")
-    return parser.parse_args(arguments)
+    add, known = parser.add_argument, f"{', '.join((*WORKLOADS, *SERVED))}; or all, or none"
+    add("--models", default="smollm2-135m", help=f"names or paths, or {', '.join(SYNTHETIC)}")
+    add("--engines", default="all", help=f"of {', '.join(ENGINES)}")
+    add("--workloads", default="all", help=f"of {known}")
+    add("--peers", type=Path, default=Path(), help="the folder in which make bench-peers ran")
+    add("--threads", type=int, default=read_machine().cores)
+    add("--rounds", type=int, default=5, help="measurements of each workload")
+    add("--budget", type=float, default=5.0, help="seconds an engine may spend on a workload")
+    add("--longest", type=float, default=60.0, help="seconds one run may take")
+    add("--served-rounds", type=int, default=1, help="measurements of each served load")
+    add("--burst", type=int, default=64, help="requests in the burst")
+    add("--arrivals", type=float, default=0.4, help="requests a second of the Poisson load")
+    add("--duration", type=float, default=60.0, help="seconds of arrivals of the Poisson load")
+    add("--no-start", action="store_true", help="do not measure starting")
+    add("--plot", type=Path, help="folder for a picture of each model's results")
+    options = parser.parse_args(arguments)
+    every = (*WORKLOADS, *SERVED)
+    options.engines = choose(options.engines, ENGINES, "engines")
+    wanted = "" if options.workloads == "none" else options.workloads
+    options.workloads = choose(wanted, every, "workloads")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure everything and print it. Raises TwostrokeError."""
-    path = resolve(options.model)
-    with open_model(path) as model:
-        spec = model.spec
-    commands = [get_our_command(path, options.threads)]
-    if options.peer_python:
-        commands.append(get_llama_cpp_command(options.peer_python, path, options.threads))
-    say(f"{spec.name}, {path.name}; {options.threads} threads, {options.rounds} rounds")
-    start = measure_start(commands, path, options, spec)
-    engines, refused = start_engines(commands)
-    try:
-        for engine in engines:
-            say(f"  {engine.name}: {engine.description}")
-        for name, why in refused.items():
-            say(f"  {name}: not measured: {why}")
-        wanted = [one for one in STANDARD if not options.only or options.only in one.name]
-        results = [measure_workload(engines, one, spec, options) for one in wanted]
-    finally:
-        for engine in engines:
-            engine.close()
-    finish(options, spec, results, start, refused)
-
-
-def measure_start(
-    commands: Sequence[EngineCommand], path: Path, options: argparse.Namespace, spec: ModelSpec
-) -> dict[str, object]:
-    """Import and start to first token, engines in turn; the first turn warms the page cache."""
-    prompt = make_prompt(spec, 5)
-    times: dict[str, list[float]] = {"import twostroke": [time_import() for _ in range(3)]}
-    for turn in range(options.rounds + 1):
-        for command in commands:
-            if command.name == OURS:
-                seconds = time_first_token(path, options.threads)
-            else:
-                seconds = time_peer_first_token(command, prompt)
-            if turn:
-                times.setdefault(f"{command.name}, start to first token", []).append(seconds)
-    for name, values in times.items():
-        summary = summarise(values)
-        spread = f"{summary['lowest']:.3f}–{summary['highest']:.3f}"
-        say(f"  {name}: {summary['median']:.3f} s ({spread})")
-    return {name: summarise(values) for name, values in times.items()}
-
-
-def measure_workload(
-    engines: Sequence[BenchEngine],
-    workload: Workload,
-    spec: ModelSpec,
-    options: argparse.Namespace,
-) -> Measurement:
-    """One workload over all rounds; a first round, not counted, warms every engine."""
-    result = Measurement(workload.name, workload.timed_tokens)
-    request: dict[str, object] = {"op": workload.op, "tokens": make_prompt(spec, workload.prompt)}
-    if workload.steps:
-        request["steps"] = workload.steps
-    tokens: dict[str, list[int]] = {}
-    for turn in range(options.rounds + 1):
-        device = measure_device(options.threads)
-        order = list(engines) if turn % 2 else list(reversed(engines))
-        for engine in order:
-            answer = engine.ask(**request)
-            if turn:
-                result.seconds.setdefault(engine.name, []).append(answer["seconds"])
-            if (
-                engine.name == OURS
-                and tokens.setdefault(OURS, answer["tokens"]) != answer["tokens"]
-            ):
-                raise TwostrokeError(f"{workload.name}: our tokens changed between rounds")
-            tokens[engine.name] = answer["tokens"]
-        if turn:
-            result.floors.append(get_floor(spec, workload, device))
-    for engine in engines:
-        if engine.name != OURS:
-            result.agreed[engine.name] = count_agreeing(tokens[OURS], tokens[engine.name])
-    say(f"  {workload.name}: {result.get_rate(OURS)[0]:,.0f} tok/s")
-    return result
-
-
-def finish(
-    options: argparse.Namespace,
-    spec: ModelSpec,
-    results: Sequence[Measurement],
-    start: dict[str, object],
-    refused: dict[str, str],
-) -> None:
-    """Print table and JSON, and draw the plot."""
+    """Measure every model and print the report. Raises TwostrokeError."""
     from rich.console import Console
 
-    peers = [name for name in results[0].seconds if name != OURS] if results else []
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 190)
+    results = []
+    for name in options.models.split(","):
+        path = make_synthetic(name) if name in SYNTHETIC else resolve(name)
+        result = measure_model(name, path, options)
+        for table in build_tables(result):
+            console.print(table)
+        for line in [*list_agreement(result), *list_missing(result)]:
+            say(f"  {line}")
+        if options.plot:
+            options.plot.mkdir(parents=True, exist_ok=True)
+            draw(result, options.plot / f"{name if name in SYNTHETIC else path.stem}.png")
+        results.append(result)
     device = measure_device(options.threads)
     say(format_device(device))
-    Console(file=sys.stderr).print(build_table(results, peers))
-    if options.plot:
-        draw(results, peers, options.plot)
     report = {
-        "model": spec.name,
         "threads": options.threads,
         "rounds": options.rounds,
         "seed": SEED,
         "machine": {"processor": get_processor(), "features": list(device.features)},
         "commit": get_commit(),
+        "command": sys.argv[1:],
         "limits": {"bytes_per_s": device.memory_bandwidth, **dict(device.rates)},
-        "start": start,
-        "workloads": describe(results, peers),
-        "not_measured": refused,
+        "models": [
+            {**one.describe(), "bars": [verdict.describe() for verdict in judge(one)]}
+            for one in results
+        ],
     }
     print(json.dumps(report))
+
+
+def measure_model(name: str, path: Path, options: argparse.Namespace) -> ModelResult:
+    """Everything that was asked for, with one model."""
+    with open_model(path) as model:
+        spec = model.spec
+    lineup = Lineup(path, options.threads, options.peers)
+    result = ModelResult(name, path.name, sum_bytes(path))
+    say(f"{spec.name}, {path.name}; {options.threads} threads, {options.rounds} rounds")
+    commands = find_workers(lineup, options.engines, result)
+    if not options.no_start:
+        names = [command.name for command in commands]
+        result.start = measure_start(lineup, names, min(3, options.rounds))
+        for what, seconds in result.start.items():
+            spread = f"{seconds['lowest']:.3f}–{seconds['highest']:.3f}"
+            say(f"  {what}: {seconds['median']:.3f} s ({spread})")
+    if any(one in options.workloads for one in WORKLOADS):
+        measure_workloads(commands, spec, options, result)
+    loads = [one for one in SERVED if one in options.workloads]
+    if loads:
+        measure_loads(lineup, spec, options, result)
+    return result
+
+
+def find_workers(lineup: Lineup, names: Sequence[str], result: ModelResult) -> list[EngineCommand]:
+    """How to start each engine that is there; the others are noted as refused."""
+    commands = []
+    for name in names:
+        try:
+            commands.append(lineup.get_worker(name))
+        except PeerAbsent as error:
+            result.refused[name] = str(error)
+    return commands
+
+
+def measure_workloads(
+    commands: Sequence[EngineCommand],
+    spec: ModelSpec,
+    options: argparse.Namespace,
+    result: ModelResult,
+) -> None:
+    """Prefill, decode and batches with every engine that starts, into `result`."""
+    engines, refused = start_engines(commands)
+    result.refused |= refused
+    pace = Pace(options.rounds, options.budget, options.longest)
+    bench = Bench(spec, engines, pace, partial(measure_device, options.threads))
+    try:
+        for engine in engines:
+            say(f"  {engine.name}: {engine.description}, started in {engine.start_s:.1f} s")
+        for workload in STANDARD:
+            if workload.name in options.workloads:
+                measured = bench.measure(workload)
+                result.measurements.append(measured)
+                rates = [f"{one} {measured.get_rate(one)[0]:,.0f}" for one in measured.samples]
+                say(f"  {workload.name}: {', '.join(rates)} tok/s")
+        result.refused |= bench.ended
+        result.peak_bytes = collect_peaks(engines)
+        for engine in engines:
+            if engine.name == OURS:
+                result.kv_bytes = int(engine.about["kv_bytes"])
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def measure_loads(
+    lineup: Lineup, spec: ModelSpec, options: argparse.Namespace, result: ModelResult
+) -> None:
+    """The served loads with every engine that has a server, one engine at a time, into `result`."""
+    loads = {}
+    if "burst" in options.workloads:
+        loads["burst"] = make_burst(spec, options.burst)
+    if "poisson" in options.workloads:
+        loads["poisson"] = make_poisson(spec, options.arrivals, options.duration)
+    refused: dict[str, str] = {}
+    devices = [measure_device(options.threads)]
+    for _ in range(options.served_rounds):
+        for name in options.engines:
+            if name in result.refused or name in refused:
+                continue
+            try:
+                served = measure_served(name, lineup, loads)
+            except (PeerAbsent, BenchEngineFailed) as error:
+                if name == OURS:
+                    raise
+                refused[name] = str(error)
+                continue
+            result.served.setdefault(name, []).append(served)
+            devices.append(measure_device(options.threads))
+            rates = [
+                f"{load} {one.get('output_tokens_per_s', 0):,.0f}"
+                for load, one in served.loads.items()
+            ]
+            say(f"  {name}, served: {', '.join(rates)} tok/s; ready in {served.start_s:.1f} s")
+    result.refused |= {f"{name} server": why for name, why in refused.items()}
+    for load, arrivals in loads.items():
+        floors = [get_load_floor(spec, arrivals, device) for device in devices]
+        result.load_floors[load] = {
+            value: statistics.median(floor[value] for floor in floors) for value in floors[0]
+        }
+
+
+def sum_bytes(path: Path) -> int:
+    """Size of a model: a file, or all weights of a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def say(text: str) -> None:

@@ -1,146 +1,166 @@
-"""From measured seconds to a table, a JSON object and a plot."""
+"""Tables for people: rates, served loads, bars, memory and what is missing."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from twostroke.bench.bars import Verdict, judge
+from twostroke.bench.lineup import ENGINES, OURS
+from twostroke.bench.results import Agreement, Measurement, ModelResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-OURS = "twostroke"
+_SERVED = (
+    ("output_tokens_per_s", "out tok/s"),
+    ("ttft_s_p50", "TTFT p50, s"),
+    ("ttft_s_p99", "p99"),
+    ("tpot_ms_p50", "TPOT p50, ms"),
+    ("tpot_ms_p99", "p99"),
+    ("itl_ms_p50", "ITL p50, ms"),
+    ("itl_ms_p99", "p99"),
+)
 
 
-@dataclass(slots=True)
-class Measurement:
-    """One workload's seconds by engine, round by round, and each round's floor.
-
-    agreed: by peer, how many leading greedy tokens equal ours, of how many.
-    """
-
-    name: str
-    timed_tokens: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    floors: list[float] = field(default_factory=list)
-    agreed: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def get_rate(self, engine: str) -> tuple[float, float, float]:
-        """Tokens per second: median, lowest, highest."""
-        rates = sorted(self.timed_tokens / seconds for seconds in self.seconds[engine])
-        return statistics.median(rates), rates[0], rates[-1]
-
-    def get_share(self, engine: str) -> float:
-        """Median share of the limit measured in the same round."""
-        pairs = zip(self.floors, self.seconds[engine], strict=True)
-        return statistics.median(floor / seconds for floor, seconds in pairs)
-
-    def get_ratio(self, peer: str) -> float:
-        """Our rate over a peer's: the ratio of medians."""
-        return self.get_rate(OURS)[0] / self.get_rate(peer)[0]
+def get_measured_peers(measurements: Sequence[Measurement]) -> list[str]:
+    """Peers that were measured with some workload, in their usual order."""
+    seen = {name for one in measurements for name in one.samples if name != OURS}
+    return [name for name in ENGINES if name in seen]
 
 
-def build_table(measurements: Sequence[Measurement], peers: Sequence[str]) -> Table:
-    """Tokens per second (median, lowest–highest), share of the limit, ratio to each peer."""
-    from rich import box
-    from rich.table import Table
+def build_tables(result: ModelResult) -> list[Table]:
+    """Every table that has something in it."""
+    tables = []
+    if result.measurements:
+        tables.append(build_rates(result.measurements, get_measured_peers(result.measurements)))
+    tables += [build_load(result, load) for load in result.load_floors]
+    if result.peak_bytes:
+        tables.append(build_memory(result))
+    verdicts = judge(result)
+    if verdicts:
+        tables.append(build_bars(verdicts))
+    return tables
 
-    table = Table(box=box.SIMPLE_HEAD)
+
+def build_rates(measurements: Sequence[Measurement], peers: Sequence[str]) -> Table:
+    """Tokens per second: median, range and share of ours; median, share and our ratio of peers."""
+    engines = [name for name in (OURS, *peers) if name != OURS or _is_measured(measurements, OURS)]
+    table = _make_table("tokens/s: median (range) | share of the limit | our rate over theirs")
     table.add_column("workload")
-    table.add_column("twostroke, tok/s", justify="right")
-    table.add_column("of the limit", justify="right")
-    for peer in peers:
-        table.add_column(f"{peer}, tok/s", justify="right")
-        table.add_column("ratio", justify="right")
+    for name in engines:
+        table.add_column(name, justify="right")
     for one in measurements:
-        cells = [one.name, _format_rates(one.get_rate(OURS)), f"{one.get_share(OURS):.0%}"]
-        for peer in peers:
-            if peer in one.seconds:
-                cells += [_format_rates(one.get_rate(peer)), f"{one.get_ratio(peer):.2f}×"]
-            else:
-                cells += ["–", "–"]
-        table.add_row(*cells)
+        table.add_row(one.name, *(_format_cell(one, name) for name in engines))
     return table
 
 
-def _format_rates(rates: tuple[float, float, float]) -> str:
-    median, lowest, highest = rates
-    return f"{median:,.0f} ({lowest:,.0f}–{highest:,.0f})"
+def _is_measured(measurements: Sequence[Measurement], engine: str) -> bool:
+    return any(engine in one.samples for one in measurements)
 
 
-def describe(measurements: Sequence[Measurement], peers: Sequence[str]) -> list[dict[str, Any]]:
-    """The same as plain values."""
-    rows = []
-    for one in measurements:
-        row: dict[str, Any] = {"workload": one.name, "timed_tokens": one.timed_tokens}
-        for engine in (OURS, *peers):
-            if engine not in one.seconds:
-                continue
-            median, lowest, highest = one.get_rate(engine)
-            row[engine] = {
-                "tokens_per_s": median,
-                "lowest": lowest,
-                "highest": highest,
-                "share_of_limit": one.get_share(engine),
-            }
-            if engine != OURS:
-                row[engine]["ratio"] = one.get_ratio(engine)
-                row[engine]["leading_tokens_equal"] = one.agreed.get(engine)
-        rows.append(row)
-    return rows
+def _format_cell(one: Measurement, engine: str) -> str:
+    if engine not in one.samples:
+        return "–"
+    median, lowest, highest = one.get_rate(engine)
+    cell = f"{median:,.0f} ({lowest:,.0f}–{highest:,.0f}) {one.get_share(engine):.0%}"
+    if engine != OURS and OURS in one.samples:
+        cell = f"{median:,.0f} {one.get_share(engine):.0%} {one.get_ratio(engine):.2f}×"
+    return cell
 
 
-def draw(measurements: Sequence[Measurement], peers: Sequence[str], path: Path) -> None:
-    """A bar chart of the shares of the limit, one group a workload, readable in grey."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    engines = [OURS, *peers]
-    hatches = ["", "///", "...", "xx"]
-    greys = ["0.25", "0.65", "0.8", "0.9"]
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.4 * len(measurements), 4.2))
-    width = 0.8 / len(engines)
-    for index, engine in enumerate(engines):
-        places = [spot + index * width for spot, one in enumerate(measurements)]
-        shares = [
-            100 * one.get_share(engine) if engine in one.seconds else 0.0 for one in measurements
-        ]
-        bars = axes.bar(
-            places, shares, width, label=engine, color=greys[index], hatch=hatches[index],
-            edgecolor="black", linewidth=0.6,
-        )  # fmt: skip
-        labels = [
-            f"{one.get_rate(engine)[0]:,.0f}" if engine in one.seconds else ""
-            for one in measurements
-        ]
-        axes.bar_label(bars, labels, fontsize=7, padding=2)
-    middle = width * (len(engines) - 1) / 2
-    axes.set_xticks([spot + middle for spot in range(len(measurements))])
-    axes.set_xticklabels([one.name for one in measurements])
-    axes.set_ylabel("share of this machine's limit, %")
-    axes.set_title("Median share of the limit; figures above the bars are tokens per second")
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def build_load(result: ModelResult, load: str) -> Table:
+    """A served load: medians over rounds of what its requests saw, and the limit's own figures."""
+    table = _make_table(f"served, {load}")
+    table.add_column("engine")
+    for _, heading in _SERVED:
+        table.add_column(heading, justify="right")
+    table.add_column("failed", justify="right")
+    for engine in ENGINES:
+        if result.get_served(engine, load, "requests"):
+            values = [result.get_served(engine, load, name) for name, _ in _SERVED]
+            failed = sum(result.get_served(engine, load, "failed"))
+            table.add_row(engine, *map(_format_median, values), f"{failed:.0f}")
+    limit = result.load_floors[load]
+    cells = [_format_median([limit[name]] if name in limit else []) for name, _ in _SERVED]
+    table.add_row("limit, alone or ideal", *cells, "")
+    return table
 
 
-def count_agreeing(ours: Sequence[int], theirs: Sequence[int]) -> tuple[int, int]:
-    """How many leading tokens are equal, of how many."""
-    equal = 0
-    for mine, other in zip(ours, theirs, strict=False):
-        if mine != other:
-            break
-        equal += 1
-    return equal, len(ours)
+def _format_median(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    median = statistics.median(values)
+    return f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
 
 
-def summarise(values: Sequence[float]) -> Mapping[str, float]:
-    """Median and range of repeated seconds."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+def build_memory(result: ModelResult) -> Table:
+    """Peak resident memory of each worker beside the model's file."""
+    table = _make_table("peak resident memory of the workers")
+    table.add_column("engine")
+    table.add_column("MiB", justify="right")
+    table.add_column("over file and KV pool", justify="right")
+    for engine, peak in result.peak_bytes.items():
+        share = result.get_memory_share() if engine == OURS else None
+        table.add_row(engine, f"{peak / 2**20:,.0f}", f"{share:.2f}×" if share else "")
+    return table
+
+
+def build_bars(verdicts: Sequence[Verdict]) -> Table:
+    """Each bar: what was asked, what was measured, and whether that is enough."""
+    table = _make_table("bars")
+    for heading in ("bar", "wanted", "ours", "best peer", "measured", "limit allows", "result"):
+        left = heading in ("bar", "wanted", "result")
+        table.add_column(heading, justify="left" if left else "right")
+    for one in verdicts:
+        bar = one.bar
+        sign = "≤" if bar.is_ceiling else "≥"
+        wanted = (
+            f"{sign} {bar.bound:g}{bar.unit}" if bar.against else f"{sign} {bar.bound:g} {bar.unit}"
+        )
+        if bar.against:
+            wanted += f" {' or '.join(bar.against)}" if len(bar.against) < 3 else " every peer"
+        table.add_row(
+            bar.what,
+            wanted,
+            "–"
+            if one.ours is None
+            else f"{one.ours:,.3g}"
+            if one.ours < 100
+            else f"{one.ours:,.0f}",
+            f"{one.peer} {_format_median([one.theirs])}" if one.theirs is not None else "",
+            "–" if one.value is None else f"{one.value:.2f}",
+            "" if one.possible is None else f"{one.possible:.2f}",
+            one.word,
+        )
+    return table
+
+
+def _make_table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+
+
+def list_agreement(result: ModelResult) -> list[str]:
+    """A line for each peer: how its greedy tokens compare with ours."""
+    lines = []
+    for name in get_measured_peers(result.measurements):
+        pairs = [one.agreed[name] for one in result.measurements if name in one.agreed]
+        both = sum(pairs, Agreement(0, 0, 0, 0))
+        if both.rows:
+            lines.append(
+                f"{name}: first greedy token equal to ours in {both.first_equal} of {both.rows} "
+                f"rows, {both.leading_equal:,} of {both.tokens:,} leading tokens equal"
+            )
+    return lines
+
+
+def list_missing(result: ModelResult) -> list[str]:
+    """A line for everything that was not measured, with its reason."""
+    lines = [f"{name}: {why}" for name, why in result.refused.items()]
+    for one in result.measurements:
+        lines += [f"{one.name}, {name}: {why}" for name, why in one.missing.items()]
+    return [f"not measured: {' '.join(line.split())}" for line in lines]

@@ -8,9 +8,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twostroke.bench.engines import BenchEngine, EngineCommand
+from twostroke.bench.lineup import LLAMA_CPP, OURS, Lineup
+from twostroke.bench.results import summarise
+
+PROMPT = [504, 1732, 314, 338, 260]  # five tokens, as many as the text our command is given
+
+
+def measure_start(
+    lineup: Lineup, names: Sequence[str], rounds: int
+) -> dict[str, Mapping[str, float]]:
+    """Import and start to first token, engines in turn; the first turn warms the page cache.
+
+    Only llama.cpp starts in a time that bears comparison; how long a server takes until it is ready
+    is reported for all. Raises PeerAbsent and BenchEngineFailed.
+    """
+    times: dict[str, list[float]] = {"import twostroke": [time_import() for _ in range(3)]}
+    commands = {name: lineup.get_worker(name) for name in (OURS, LLAMA_CPP) if name in names}
+    for turn in range(rounds + 1):
+        for name, command in commands.items():
+            if name == OURS:
+                seconds = time_first_token(lineup.model, lineup.threads)
+            else:
+                seconds = time_peer_first_token(command, PROMPT)
+            if turn:
+                times.setdefault(f"{name}, start to first token", []).append(seconds)
+    return {name: summarise(values) for name, values in times.items()}
 
 
 def time_import() -> float:

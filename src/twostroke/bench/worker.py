@@ -1,24 +1,29 @@
 """Our side of a benchmark: one engine in a process of its own, driven by JSON lines.
 
 The driver runs every engine like this, so that none shares memory or threads with another and all
-but one are idle while that one is timed. A request is one line {"op", ...}, its answer one line.
-Times come from the engine's own clock for the request, through the public API.
+but one are idle while that one is timed. The protocol is in `peers/__init__.py`; times come from
+the engine's own clock for the request, through the public API.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from twostroke.bench.workloads import CONTEXT, KV_ELEMENT_BYTES, MOST_ROWS
 from twostroke.cli.compose import LLM
 from twostroke.engine.outputs import RequestOutput
 from twostroke.engine.params import SamplingParams
+from twostroke.weights.load import open_model
+
+_SPARE_TOKENS = MOST_ROWS * 16  # a block for each row that is not full
 
 
 def run_prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the first step of a prompt to its first token."""
-    output = _generate(llm, request["tokens"], 1)
+    [output] = _generate(llm, [request["tokens"]], 1)
     times = output.timings
     return {
         "seconds": (times.first_token_ns - times.first_planned_ns) / 1e9,
@@ -28,29 +33,42 @@ def run_prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
 
 def run_decode(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of `steps` decode steps after the prompt, greedy, ends of text ignored."""
-    output = _generate(llm, request["tokens"], request["steps"] + 1)
-    times = output.timings
-    return {
-        "seconds": (times.ended_ns - times.first_token_ns) / 1e9,
-        "tokens": list(output.completions[0].tokens),
-    }
+    seconds, [tokens] = _decode(llm, [request["tokens"]], request["steps"])
+    return {"seconds": seconds, "tokens": tokens}
 
 
-def _generate(llm: LLM, tokens: list[int], new_tokens: int) -> RequestOutput:
+def run_batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of `steps` decode steps of all prompts together, after all have their first token."""
+    seconds, tokens = _decode(llm, request["prompts"], request["steps"])
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def _decode(llm: LLM, prompts: list[list[int]], steps: int) -> tuple[float, list[list[int]]]:
+    outputs = _generate(llm, prompts, steps + 1)
+    first = {output.timings.first_token_ns for output in outputs}
+    assert len(first) == 1, "the prompts did not fit one step, so decode and prefill were mixed"
+    last = max(output.timings.ended_ns for output in outputs)
+    return (last - first.pop()) / 1e9, [list(out.completions[0].tokens) for out in outputs]
+
+
+def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[RequestOutput]:
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-    [output] = llm.generate([tokens], params)
-    return output
+    return llm.generate(prompts, params)
 
 
-OPERATIONS = {"prefill": run_prefill, "decode": run_decode}
+OPERATIONS = {"prefill": run_prefill, "decode": run_decode, "batch": run_batch}
 
 
 def main() -> None:
     """Serve requests from standard input until it ends. Arguments: model, threads."""
-    model, threads = sys.argv[1], int(sys.argv[2])
-    with LLM(model, threads=threads, max_rows=1) as llm:
+    model, threads = Path(sys.argv[1]), int(sys.argv[2])
+    with open_model(model) as opened:
+        token_bytes = opened.spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES)
+    pool = (CONTEXT + _SPARE_TOKENS) * token_bytes
+    with LLM(model, threads=threads, max_rows=MOST_ROWS, kv_memory=pool) as llm:
         info = llm.built.parts.executor.describe()
-        print(json.dumps({"ready": f"twostroke, {info.backend}"}), flush=True)
+        ready = {"ready": f"twostroke, {info.backend}", "kv_bytes": llm.built.settings.kv_bytes}
+        print(json.dumps(ready), flush=True)
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(OPERATIONS[request["op"]](llm, request)), flush=True)
