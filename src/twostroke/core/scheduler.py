@@ -172,7 +172,7 @@ class Scheduler:
         assert flight is self._flights[0], f"step {outcome.step} answered before an earlier one"
         check_outcome(outcome, flight.plan, self.config.vocab_size)
         self._flights.popleft()
-        updates = self._take_pending()
+        updates = self._take_pending() if self._pending else []
         for placement, result in zip(flight.placements, outcome.results, strict=True):
             self._settle(placement, result, updates)
         return tuple(updates)

@@ -182,7 +182,8 @@ class EngineLoop:
     def pump(self) -> None:
         """Take in the answers, start what can be started, then let the listener deliver."""
         self._take_answers()
-        self._check_deadline()
+        if self._policy.step_deadline_ns is not None:
+            self._check_deadline()
         self._start_steps()
         self._listener.deliver()
 
@@ -284,8 +285,6 @@ class EngineLoop:
                 self._receive(flight, lost)
 
     def _check_deadline(self) -> None:
-        if self._policy.step_deadline_ns is None:
-            return
         due_ns = self.next_wake_ns
         if due_ns is not None and self._clock.now_ns() >= due_ns:
             step = self._in_flight[0].plan.step

@@ -195,9 +195,16 @@ class EngineService:
             priority=priority,
         )
 
-    def make_state(self, request: Request, params: SamplingParams, sink: Sink) -> RequestState:
-        """A request ready to be submitted, whose output will go to `sink`."""
-        rules = TextRules(self.parts.tokenizer, params.stop_strings, params.skip_special_tokens)
+    def make_state(
+        self, request: Request, params: SamplingParams, sink: Sink, *, in_one: bool = False
+    ) -> RequestState:
+        """A request ready to be submitted, whose output will go to `sink`.
+
+        in_one: the output of a continuation is wanted when it has ended, not as it is made.
+        """
+        rules = TextRules(
+            self.parts.tokenizer, params.stop_strings, params.skip_special_tokens, in_one
+        )
         return RequestState(request, rules, sink)
 
     def submit(self, states: Sequence[RequestState]) -> Submitted:

@@ -109,8 +109,11 @@ class EngineThread:
         taken: deque[Callable[[], None]] = deque()
         try:
             while not self._stopping:
-                _run_all(taken)
-                taken = self._take_sent(work.pump())
+                if taken:
+                    _run_all(taken)
+                wait_s = work.pump()
+                if wait_s != 0 or not self._sent.empty():
+                    taken = self._take_sent(wait_s)
             _run_all(taken)
             work.close()
         except Exception as error:  # the outermost frame of the loop
@@ -129,8 +132,6 @@ class EngineThread:
         No more than that: functions that keep coming must not keep the work from its turn.
         """
         taken: deque[Callable[[], None]] = deque()
-        if wait_s == 0 and self._sent.empty():
-            return taken
         try:
             taken.append(self._sent.get(timeout=wait_s))
             for _ in range(self._sent.qsize()):
