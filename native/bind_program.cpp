@@ -167,15 +167,16 @@ void bind_recording(nb::class_<BoundProgram>& cls) {
       .def("quantise",
            [](P& p, int in, int out, bool barrier) { p.program.quantise(in, out, barrier); })
       .def("linear",
-           [](P& p, const Matrix& weight, int in, int out, Floats bias, bool barrier) {
-             p.program.linear(weight, in, out, to_vector(bias), barrier);
+           [](P& p, const Matrix& weight, int in, int out, Floats bias, bool barrier,
+              const std::string& name) {
+             p.program.linear(weight, in, out, to_vector(bias), barrier, name);
            },
            nb::keep_alive<1, 2>())
       .def("gated_linear",
            [](P& p, const Matrix& gate, const Matrix& up, int in, int out, Floats gate_bias,
-              Floats up_bias, bool gelu, bool barrier) {
+              Floats up_bias, bool gelu, bool barrier, const std::string& name) {
              p.program.gated_linear(gate, up, in, out, to_vector(gate_bias), to_vector(up_bias),
-                                    gelu, barrier);
+                                    gelu, barrier, name);
            },
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("rms_norm",

@@ -131,9 +131,9 @@ void Program::quantise(int in, int out, bool barrier) {
 }
 
 void Program::linear(const Matrix& weight, int in, int out, std::vector<float> bias,
-                     bool barrier) {
+                     bool barrier, const std::string& name) {
   bias = pad_values(std::move(bias));
-  record("linear", barrier, [this, &weight, in, out, bias](int thread, int threads) {
+  record(name, barrier, [this, &weight, in, out, bias](int thread, int threads) {
     LinearArgs args{};
     args.weight = &weight;
     args.bias = bias.empty() ? nullptr : bias.data();
@@ -154,7 +154,7 @@ void Program::linear(const Matrix& weight, int in, int out, std::vector<float> b
 
 void Program::gated_linear(const Matrix& gate, const Matrix& up, int in, int out,
                            std::vector<float> gate_bias, std::vector<float> up_bias, bool gelu,
-                           bool barrier) {
+                           bool barrier, const std::string& name) {
   if (gate.outputs != up.outputs || gate.outputs % kBlock != 0) {
     throw std::invalid_argument("gate and up must have as many outputs, in whole blocks of 32");
   }
@@ -163,7 +163,7 @@ void Program::gated_linear(const Matrix& gate, const Matrix& up, int in, int out
   }
   gate_bias = pad_values(std::move(gate_bias));
   up_bias = pad_values(std::move(up_bias));
-  record("gated_linear", barrier,
+  record(name, barrier,
          [this, &gate, &up, in, out, gate_bias, up_bias, gelu](int thread, int threads) {
            GatedLinearArgs args{};
            args.gate.weight = &gate;

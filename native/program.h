@@ -44,11 +44,12 @@ class Program {
 
   void embed(const Matrix& table, int out, float scale, bool barrier);
   void quantise(int in, int out, bool barrier);
-  void linear(const Matrix& weight, int in, int out, std::vector<float> bias, bool barrier);
+  void linear(const Matrix& weight, int in, int out, std::vector<float> bias, bool barrier,
+              const std::string& name);
   // quantised act(in * gate) * (in * up); `in` and `out` are quantised buffers.
   void gated_linear(const Matrix& gate, const Matrix& up, int in, int out,
                     std::vector<float> gate_bias, std::vector<float> up_bias, bool gelu,
-                    bool barrier);
+                    bool barrier, const std::string& name);
   void rms_norm(int in, int out, std::vector<float> weight, int groups, float eps, bool barrier);
   void rope(int buffer, int heads, std::span<const float> cos, std::span<const float> sin,
             bool interleaved, bool barrier);

@@ -18,6 +18,7 @@ from twostroke.cli.options import (
     GenerateOptions,
     MachineOptions,
     ModelOption,
+    ProfileOptions,
     SamplingOptions,
     ServeOptions,
 )
@@ -62,6 +63,13 @@ def chat(model: ModelOption, sampling: SamplingOptions, on: MachineOptions) -> N
     run_chat(model.model, sampling, on)
 
 
+def profile(model: ModelOption, profiling: ProfileOptions, on: MachineOptions) -> None:
+    """Show where a prefill's and a decode step's time goes, op by op."""
+    from twostroke.cli.profile import run_profile
+
+    run_profile(model.model, profiling, on)
+
+
 def serve(model: ModelOption, serving: ServeOptions, on: MachineOptions) -> None:
     """Serve a model over an OpenAI-compatible API."""
     from twostroke.cli.serve import run_serve
@@ -74,6 +82,7 @@ COMMANDS = {
     "models": Command(models, ()),
     "generate": Command(generate, (ModelOption, GenerateOptions, SamplingOptions, MachineOptions)),
     "chat": Command(chat, (ModelOption, SamplingOptions, MachineOptions)),
+    "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, MachineOptions)),
 }
 

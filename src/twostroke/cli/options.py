@@ -121,6 +121,21 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """What to take apart."""
+
+    prompt_tokens: int = field(
+        default=512,
+        metadata=show("Length of the prompt, and so the depth of the decode.", least=1),
+    )
+    steps: int = field(default=64, metadata=show("Decode steps to take the mean of.", least=4))
+    batch: int = field(default=1, metadata=show("Equal requests at once.", least=1, most=64))
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object instead of tables.", "--json")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """Where to listen, and how much to take on."""
 

@@ -79,6 +79,21 @@ class Draws:
     score: Callable[[F32, I32, I32], Drawn]
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When a step began on the monotonic clock, and what it took, in nanoseconds.
+
+    run_ns: the whole step inside the executor; call_ns: of it, the runner's arithmetic.
+    tokens: computed; rows: of the plan.
+    """
+
+    begin_ns: int
+    run_ns: int
+    call_ns: int
+    tokens: int
+    rows: int
+
+
 class LocalExecutor:
     """Runs plans on the thread that calls `run_pending` (see core.ports.Executor).
 
@@ -92,6 +107,16 @@ class LocalExecutor:
         self._builder = BatchBuilder(self._max_logit_rows)
         self._pending: deque[tuple[StepPlan, OnDone]] = deque()
         self._closed = False
+        self._watch: Callable[[StepTimes], None] | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """The arithmetic it runs."""
+        return self._runner
+
+    def watch(self, on_step: Callable[[StepTimes], None]) -> None:
+        """Calls `on_step` after every step from now on, before the step is answered."""
+        self._watch = on_step
 
     def describe(self) -> ExecutorInfo:
         """What this executor offers."""
@@ -149,10 +174,16 @@ class LocalExecutor:
             for copy in plan.copies:
                 kv[:, copy.target] = kv[:, copy.source]
         batch = self._builder.build(plan)
+        call = time.perf_counter_ns()
         drawn = [self._runner.run_step(batch.step, batch.first)]
+        called = time.perf_counter_ns()
         scored = [] if batch.is_whole else self._compute_rest(batch, drawn)
         results = build_results(plan.rows, drawn, scored)
-        return StepOutcome(plan.step, results, time.perf_counter_ns() - begin)
+        run_ns = time.perf_counter_ns() - begin
+        if self._watch is not None:
+            tokens = batch.step.tokens.size
+            self._watch(StepTimes(begin, run_ns, called - call, tokens, len(plan.rows)))
+        return StepOutcome(plan.step, results, run_ns)
 
     def _compute_rest(self, batch: Batch, drawn: list[Drawn]) -> list[Drawn]:
         """The draws that are still missing, added to `drawn`, and all scores.

@@ -70,7 +70,9 @@ def load_weights(
     if block is None:
         block = _pack(pool, tensors, layout, files)
     return {
-        name: view_matrix(layout.places[name].view(block), tensor.spec.format, place.shape)
+        name: view_matrix(
+            place.view(block), tensor.spec.format, place.shape, name.rpartition(".")[2]
+        )
         if (place := layout.places.get(name))
         else Vector(to_float(spec, tensor))
         for name, tensor in tensors.items()

@@ -225,6 +225,39 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
     )
 
 
+def get_op_work(
+    spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2
+) -> dict[str, PartWork]:
+    """A step's work op by op: each product under its weight's name over all layers ("q", "down",
+    "head"), then "attention", "rms_norm", "rope", "add" and "gated".
+
+    The same counts as `get_step_work`, divided more finely; embedding a token is left out.
+    """
+    tokens, sampled = shape.new_tokens, shape.sampled
+    ops: dict[str, Counter[str]] = {}
+    read: Counter[str] = Counter()
+    for tensor in spec.tensors():
+        part = _get_part(tensor)
+        if part == "elementwise" or (part == "embed" and not spec.tied_embeddings):
+            continue
+        is_head = part in ("embed", "head")
+        name = "head" if is_head else tensor.name.split(".")[2]
+        arithmetic = "int8" if tensor.format.is_quantised else "fp32"
+        per_weight = 2 if len(tensor.shape) == 2 else 1
+        count = per_weight * tensor.num_weights * (sampled if is_head else tokens)
+        ops.setdefault(name, Counter())[arithmetic] += count
+        read[name] += tensor.bytes if sampled or not is_head else 0
+    found = {
+        name: PartWork(name, tuple(sorted(counts.items())), read[name])
+        for name, counts in ops.items()
+    }
+    attention = get_step_work(spec, shape, kv_element_bytes).get_part("attention")
+    found["attention"] = attention
+    for name, per_token in _get_elementwise_ops(spec).items():
+        found[name] = PartWork(name, (("fp32", per_token * tokens),))
+    return found
+
+
 def get_step_work(spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2) -> StepWork:
     """Work of one step of `spec`. Who counts many steps keeps `get_model_work`'s value instead."""
     return get_model_work(spec, kv_element_bytes).get_step_work(shape)
@@ -238,16 +271,20 @@ def get_floor_seconds(work: StepWork, device: DeviceSpec) -> Floor:
     one step to the next, and everything `StepWork` leaves out. Raises ValueError when the device
     has no rate for an arithmetic the step needs.
     """
-    parts = []
+    parts = tuple(get_part_floor(part, device) for part in work.parts)
     seconds = {"memory": 0.0, "compute": 0.0}
-    for part in work.parts:
-        memory = part.bytes / device.memory_bandwidth
-        compute = sum(count / device.get_rate(kind) for kind, count in part.ops)
-        bound_by = "memory" if memory >= compute else "compute"
-        parts.append(PartFloor(part.name, max(memory, compute), bound_by))
-        seconds[bound_by] += max(memory, compute)
+    for part in parts:
+        seconds[part.bound_by] += part.seconds
     bound_by = "memory" if seconds["memory"] >= seconds["compute"] else "compute"
-    return Floor(sum(seconds.values()), bound_by, tuple(parts))
+    return Floor(sum(seconds.values()), bound_by, parts)
+
+
+def get_part_floor(part: PartWork, device: DeviceSpec) -> PartFloor:
+    """Least time of one part, or one op, alone; see `get_floor_seconds`."""
+    memory = part.bytes / device.memory_bandwidth
+    compute = sum(count / device.get_rate(kind) for kind, count in part.ops)
+    bound_by = "memory" if memory >= compute else "compute"
+    return PartFloor(part.name, max(memory, compute), bound_by)
 
 
 def count_pairs(new_tokens: int, context_before: int, window: int | None) -> int:
@@ -286,14 +323,19 @@ def _get_part(tensor: TensorSpec) -> str:
 
 def _count_elementwise_ops(spec: ModelSpec) -> int:
     """Operations a token in norms, rope, residuals and gates; the final norm counts every token."""
+    return sum(_get_elementwise_ops(spec).values())
+
+
+def _get_elementwise_ops(spec: ModelSpec) -> dict[str, int]:
+    """Operations a token of all layers and the final norm, by op."""
     query, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     norms = spec.width * (4 if spec.post_norms else 2)
     if spec.qk_norm:
         norms += query + keys
-    layer = (
-        _NORM_OPS * norms
-        + _ROPE_OPS * (query + keys)
-        + _RESIDUAL_OPS * 2 * spec.width
-        + _GATE_OPS * spec.ffn_width
-    )
-    return spec.num_layers * layer + _NORM_OPS * spec.width
+    layers = spec.num_layers
+    return {
+        "rms_norm": _NORM_OPS * (layers * norms + spec.width),
+        "rope": _ROPE_OPS * layers * (query + keys),
+        "add": _RESIDUAL_OPS * layers * 2 * spec.width,
+        "gated": _GATE_OPS * layers * spec.ffn_width,
+    }

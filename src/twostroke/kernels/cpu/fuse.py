@@ -100,9 +100,17 @@ def _join_gated(calls: Sequence[Call]) -> Call:
     assert isinstance(up.kind, Product)
     assert isinstance(gated.kind, Gate)
     first, second, gelu = gate.kind, up.kind, gated.kind.gelu
+    name = f"{first.weight.kind}+{second.weight.kind}"
     return Call(
         lambda p, at, wait: p.gated_linear(
-            first.weight.native, second.weight.native, *at, first.bias, second.bias, gelu, wait
+            first.weight.native,
+            second.weight.native,
+            *at,
+            first.bias,
+            second.bias,
+            gelu,
+            wait,
+            name,
         ),
         gate.reads,
         quantise.writes,

@@ -84,7 +84,7 @@ class Recorder:
             gated=self._gated,
             add=self._add,
             take_rows=self._take_rows,
-            logits=lambda x, weight: self._linear(x, weight, None),
+            logits=lambda x, weight: self._linear(x, weight, None, "head"),
             all_reduce=lambda x: x,
         )
 
@@ -102,7 +102,9 @@ class Recorder:
         self._call((x,), out, lambda p, at, wait: p.rms_norm(*at, weight.values, groups, eps, wait))
         return out
 
-    def _linear(self, x: Slot, weight: PackedMatrix, bias: Vector | None) -> Slot:
+    def _linear(
+        self, x: Slot, weight: PackedMatrix, bias: Vector | None, name: str = ""
+    ) -> Slot:
         assert x.width == weight.inputs, (x.width, weight.inputs)
         source = self._get_quantised(x) if weight.is_quantised else x
         out = self._new_slot(weight.outputs)
@@ -110,7 +112,7 @@ class Recorder:
         self._call(
             (source,),
             out,
-            lambda p, at, wait: p.linear(weight.native, *at, values, wait),
+            lambda p, at, wait: p.linear(weight.native, *at, values, wait, name or weight.kind),
             by_row=False,
             kind=Product(weight, values),
         )

@@ -22,12 +22,16 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A weight matrix (outputs, inputs), packed; `native` is a `_native.Matrix`."""
+    """A weight matrix (outputs, inputs), packed; `native` is a `_native.Matrix`.
+
+    kind: the last part of its name ("q", "down"), for times by op.
+    """
 
     native: Any
     outputs: int
     inputs: int
     is_quantised: bool
+    kind: str = "linear"
 
     @property
     def bytes(self) -> int:
@@ -81,13 +85,15 @@ def pack_into(
     pack(pool, format.value, data, memory, *shape)
 
 
-def view_matrix(memory: NDArray[np.uint8], format: Format, shape: tuple[int, int]) -> PackedMatrix:
+def view_matrix(
+    memory: NDArray[np.uint8], format: Format, shape: tuple[int, int], kind: str = "linear"
+) -> PackedMatrix:
     """The matrix (outputs, inputs) that was packed into `memory`, which it keeps alive."""
     from twostroke._native import Matrix
 
     outputs, inputs = shape
     native = Matrix(format.value, memory, outputs, inputs)
-    return PackedMatrix(native, outputs, inputs, format.is_quantised)
+    return PackedMatrix(native, outputs, inputs, format.is_quantised, kind)
 
 
 def pack_matrix(
