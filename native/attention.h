@@ -2,35 +2,38 @@
 // of prompt chunks and decodes.
 //
 // A unit is up to 16 consecutive query tokens of one row at one KV head, so all grouped heads share
-// each key and value it loads. Keys are taken in tiles of 64 at absolute positions with a running
-// maximum m, sum l and unnormalised output o; at every 256 keys the running state is merged into
-// the unit's total and starts afresh. A decode may therefore give each segment to another thread
-// and merge afterwards, with the same bits. No score matrix exists beyond one tile a query group.
+// each key and value it loads. Keys are taken in segments of 256 at absolute positions: a segment's
+// scores give its maximum m, sum l and unnormalised output o, which are merged into the running
+// state. A decode may therefore give each segment to another thread and merge afterwards, with the
+// same bits. No score matrix exists beyond one segment of six vectors.
+//
+// A score is one chain of fused multiply-adds over the dimensions, an output one over a segment's
+// keys; how many vectors and columns are computed together changes no bit. Queries are scaled by
+// log2(e) as well, so probabilities are powers of two.
 //
 // head_dim is a multiple of 16. Row order of the `vectors` of a unit: token, then head of the group.
 #pragma once
 
 namespace twostroke::TS_ISA {
 
+constexpr int kSegmentBlocks = kSegmentKeys / kLanes;
+
 struct Unit {
   const AttentionArgs& args;
   int head_dim, vectors;
-  float *q, *o, *total_o;            // [vector][head_dim]
-  float* l;                          // [vector][16] lane sums
-  float *total_l, *m, *total_m;      // [vector]
-  float* p;                          // [8][kTileKeys] scores, then probabilities
+  float *q, *total_o;         // [vector][head_dim]
+  float *total_m, *total_l;   // [vector], readable kLanes beyond the last
+  float* p;                   // [kTogether][kSegmentKeys] scores, then probabilities
+  float* partial;             // the segment's, or null
 
   explicit Unit(const AttentionArgs& a)
-      : args(a), head_dim(a.kv->head_dim), vectors(a.tokens * a.group) {
+      : args(a), head_dim(a.kv->head_dim), vectors(a.tokens * a.group), partial(a.partial) {
     const size_t most = static_cast<size_t>(a.group) * kQueryTile;
     q = a.scratch;
-    o = q + most * head_dim;
-    total_o = o + most * head_dim;
-    l = total_o + most * head_dim;
-    total_l = l + most * kLanes;
-    m = total_l + most;
-    total_m = m + most;
-    p = total_m + most;
+    total_o = q + most * head_dim;
+    p = total_o + most * head_dim;
+    total_m = p + kTogether * kSegmentKeys;
+    total_l = total_m + most + kLanes;
   }
 
   int position(int vector) const { return args.position + vector / args.group; }
@@ -46,227 +49,297 @@ inline F load_kv(const uint8_t* base, size_t index) {
   return F::load(reinterpret_cast<const float*>(base) + index);
 }
 
-// Where the four 16-key blocks of a tile lie, and those of the next tile, to be fetched ahead.
-// Blocks beyond the last key repeat the last one: what is computed from them is masked.
-constexpr int kTileBlocks = kTileKeys / kLanes;
-struct Tile {
-  int first_key;
-  const uint8_t *k[kTileBlocks], *v[kTileBlocks];
-  const uint8_t *next_k[kTileBlocks], *next_v[kTileBlocks];
+template <int BYTES>
+inline void prefetch(const uint8_t* p) {
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i);
+}
 
-  Tile(const Unit& unit, int first_key, int end) : first_key(first_key) {
+// Where a segment's blocks lie, from the first that any of the unit's queries sees. Memory is read
+// as one stream of blocks, keys before values, and fetched kAheadBlocks ahead.
+struct Segment {
+  int first_key, end, blocks;
+  const uint8_t* stream[2 * kSegmentBlocks + kAheadBlocks + kColumns];
+
+  Segment(const Unit& unit, int segment) {
     const AttentionArgs& a = unit.args;
-    const int last = (end - 1) / kLanes;
-    for (int b = 0; b < kTileBlocks; ++b) {
-      const int here = first_key / kLanes + b, next = here + kTileBlocks;
-      const int block = a.blocks[here < last ? here : last];
-      const int ahead = a.blocks[next < last ? next : last];
-      k[b] = a.kv->keys(a.layer, block, a.kv_head);
-      v[b] = a.kv->values(a.layer, block, a.kv_head);
-      next_k[b] = a.kv->keys(a.layer, ahead, a.kv_head);
-      next_v[b] = a.kv->values(a.layer, ahead, a.kv_head);
+    const int begin = segment * kSegmentKeys, limit = a.position + a.tokens;
+    const int seen = unit.first_key(0) / kLanes * kLanes;
+    first_key = seen > begin ? seen : begin;
+    end = begin + kSegmentKeys < limit ? begin + kSegmentKeys : limit;
+    blocks = (end - first_key + kLanes - 1) / kLanes;
+    for (int b = 0; b < blocks; ++b) {
+      const int block = a.blocks[first_key / kLanes + b];
+      stream[b] = a.kv->keys(a.layer, block, a.kv_head);
+      stream[blocks + b] = a.kv->values(a.layer, block, a.kv_head);
     }
+    const int most = (limit - 1) / kLanes;
+    for (int b = 0; b < kAheadBlocks + kColumns; ++b) {
+      const uint8_t* next = stream[2 * blocks - 1];
+      if (segment + 1 < a.last_segment) {
+        const int at = end / kLanes + b;
+        next = a.kv->keys(a.layer, a.blocks[at < most ? at : most], a.kv_head);
+      } else if (b < kAheadBlocks && a.next[b] != nullptr) {
+        next = a.next[b];
+      }
+      stream[2 * blocks + b] = next;
+    }
+  }
+  const uint8_t* keys(int b) const { return stream[b < blocks ? b : blocks - 1]; }
+  const uint8_t* values(int b) const { return stream[blocks + b]; }
+};
+
+// N vectors of a unit and the keys [from, to) of the segment that each of them sees, as places in
+// the segment; [first, last) is what any sees, [all_first, all_last) what all see.
+template <int N>
+struct Group {
+  int vector, first, last, all_first, all_last;
+  int from[N], to[N];
+
+  Group(const Unit& unit, const Segment& segment, int vector) : vector(vector) {
+    const int size = segment.end - segment.first_key;
+    first = size;
+    last = all_first = 0;
+    all_last = size;
+    for (int i = 0; i < N; ++i) {
+      const int start = unit.first_key(vector + i) - segment.first_key;
+      const int stop = unit.position(vector + i) + 1 - segment.first_key;
+      from[i] = start > 0 ? start : 0;
+      to[i] = stop < size ? stop : size;
+      if (from[i] >= to[i]) from[i] = to[i] = 0;  // sees nothing here
+      if (from[i] < to[i] && from[i] < first) first = from[i];
+      if (to[i] > last) last = to[i];
+      if (from[i] > all_first) all_first = from[i];
+      if (to[i] < all_last) all_last = to[i];
+    }
+    if (all_first > all_last) all_first = all_last = last;
+    if (all_first < first) all_first = all_last = first;
   }
 };
 
-// p[i][key] = q[vector + i] . k[key] for the tile's keys around [from, to).
-template <bool HALF, int N>
-inline void score_tile(const Unit& unit, const Tile& tile, int vector, int from, int to) {
-  constexpr int TOGETHER = N <= 4 ? 4 : 1;  // blocks at once: N * TOGETHER independent sums
+// p[i][key] = q[vector + i] . k[key] for the keys of COLUMNS blocks.
+template <bool HALF, int N, int COLUMNS>
+inline void score_blocks(const Unit& unit, const Segment& segment, int vector, int block) {
+  constexpr int BYTES = COLUMNS * kLanes * (HALF ? 2 : 4);  // read for one dimension
   const int dim = unit.head_dim;
   const float* q = unit.q + static_cast<size_t>(vector) * dim;
-  const int first = (from - tile.first_key) / kLanes / TOGETHER * TOGETHER;
-  for (int block = first; block * kLanes < to - tile.first_key; block += TOGETHER) {
-    F sums[N][TOGETHER];
+  F sums[N][COLUMNS];
+  const uint8_t* k[COLUMNS];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
+  for (int c = 0; c < COLUMNS; ++c) {
+    k[c] = segment.keys(block + c);
 #pragma GCC unroll 8
-      for (int b = 0; b < TOGETHER; ++b) sums[i][b] = F::set(0.0f);
-    }
-    for (int d = 0; d < dim; ++d) {
-      F column[TOGETHER];
+    for (int i = 0; i < N; ++i) sums[i][c] = F::set(0.0f);
+  }
+  for (int part = 0, d = 0; part < COLUMNS; ++part) {
+    const uint8_t* ahead = segment.stream[block + part + kAheadBlocks];
+    for (const int stop = d + dim / COLUMNS; d < stop; ++d, ahead += BYTES) {
+      prefetch<BYTES>(ahead);
+      F column[COLUMNS];
 #pragma GCC unroll 8
-      for (int b = 0; b < TOGETHER; ++b) {
-        column[b] = load_kv<HALF>(tile.k[block + b], static_cast<size_t>(d) * kLanes);
-        if (HALF) __builtin_prefetch(tile.next_k[block + b] + d * kLanes * 2);
+      for (int c = 0; c < COLUMNS; ++c) {
+        column[c] = load_kv<HALF>(k[c], static_cast<size_t>(d) * kLanes);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const F value = F::set(q[i * dim + d]);
 #pragma GCC unroll 8
-        for (int b = 0; b < TOGETHER; ++b) sums[i][b] = fma(value, column[b], sums[i][b]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 8
-      for (int b = 0; b < TOGETHER; ++b) {
-        sums[i][b].store(unit.p + i * kTileKeys + (block + b) * kLanes);
+        for (int c = 0; c < COLUMNS; ++c) sums[i][c] = fma(value, column[c], sums[i][c]);
       }
     }
   }
-}
-
-// Turns one vector's scores into probabilities against the new maximum, and rescales l; returns
-// the factor for its old output. Keys outside [from, to) get probability 0.
-inline float soften(const Unit& unit, int vector, float* p, int tile, int from, int to) {
-  const float minus = -std::numeric_limits<float>::infinity();
-  F best = F::set(minus);
-  for (int j = 0; j < kTileKeys; j += kLanes) {
-    const int first = from - tile - j, last = to - tile - j;
-    F s = F::set(minus);
-    if (last > 0 && first < kLanes) {
-      s = keep_lanes(F::load(p + j), first > 0 ? first : 0, last < kLanes ? last : kLanes);
-    }
-    s.store(p + j);
-    best = max(s, best);
-  }
-  const float old = unit.m[vector], now = std::fmax(old, reduce_max(best));
-  const F top = F::set(now);
-  F sum = F::set(0.0f);
-  for (int j = 0; j < kTileKeys; j += kLanes) {
-    const F e = exp16(F::load(p + j) - top);
-    e.store(p + j);
-    sum = sum + e;
-  }
-  alignas(64) float factor[kLanes];
-  exp16(F::set(old - now)).store(factor);
-  float* l = unit.l + static_cast<size_t>(vector) * kLanes;
-  fma(F::load(l), F::set(factor[0]), sum).store(l);
-  unit.m[vector] = now;
-  return factor[0];
-}
-
-// o[i] = o[i] * factor[i] + sum over keys of p[i][key] v[key], key by key in order.
-template <bool HALF, int N>
-inline void gather_tile(const Unit& unit, const Tile& tile, int vector, const int* from,
-                        const int* to, const float* factor) {
-  const int dim = unit.head_dim;
-  int first = from[0], last = to[0];
-  bool even = true;  // all vectors see the same keys
-  for (int i = 1; i < N; ++i) {
-    even = even && from[i] == from[0] && to[i] == to[0];
-    first = from[i] < first ? from[i] : first;
-    last = to[i] > last ? to[i] : last;
-  }
-  float* o = unit.o + static_cast<size_t>(vector) * dim;
-  constexpr int WIDE = N <= 4 ? 4 : 2;  // vectors of 16 dimensions kept in registers
-  for (int d = 0; d < dim; d += WIDE * kLanes) {
-    const int wide = (dim - d) / kLanes < WIDE ? (dim - d) / kLanes : WIDE;
-    F sums[N][WIDE];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 8
-      for (int w = 0; w < WIDE; ++w) {
-        sums[i][w] = w < wide ? F::load(o + i * dim + d + w * kLanes) * F::set(factor[i])
-                              : F::set(0.0f);
-      }
-    }
-    for (int block = first / kLanes * kLanes; block < last; block += kLanes) {
-      const int index = (block - tile.first_key) / kLanes;
-      const uint8_t* v = tile.v[index];
-      const int begin = first > block ? first : block;
-      const int end = last < block + kLanes ? last : block + kLanes;
-      for (int key = begin; key < end; ++key) {
-        F row[WIDE];
-        const size_t at = static_cast<size_t>(key - block) * dim + d;
-        if (HALF) {
-          for (int w = 0; w < wide; w += 2) __builtin_prefetch(tile.next_v[index] + 2 * at + 32 * w);
-        }
-#pragma GCC unroll 8
-        for (int w = 0; w < WIDE; ++w) {
-          if (w < wide) {
-            row[w] = load_kv<HALF>(v, at + w * kLanes);
-          } else {
-            row[w] = F::set(0.0f);
-          }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) {
-          if (!even && (key < from[i] || key >= to[i])) continue;
-          const F weight = F::set(unit.p[i * kTileKeys + (key - tile.first_key)]);
-#pragma GCC unroll 8
-          for (int w = 0; w < WIDE; ++w) sums[i][w] = fma(weight, row[w], sums[i][w]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      for (int w = 0; w < wide; ++w) sums[i][w].store(o + i * dim + d + w * kLanes);
-    }
-  }
-}
-
-// Vectors vector … vector + N - 1 against the keys of one tile, which ends at `limit`.
-template <bool HALF, int N>
-inline void visit_tile(const Unit& unit, const Tile& tile, int vector, int limit) {
-  int from[N], to[N], first = limit, last = tile.first_key;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    const int start = unit.first_key(vector + i), end = unit.position(vector + i) + 1;
-    from[i] = start > tile.first_key ? start : tile.first_key;
-    to[i] = end < limit ? end : limit;
-    if (from[i] >= to[i]) from[i] = to[i] = tile.first_key;  // sees nothing here
-    if (from[i] < to[i]) {
-      first = from[i] < first ? from[i] : first;
-      last = to[i] > last ? to[i] : last;
-    }
-  }
-  if (first >= last) return;
-  score_tile<HALF, N>(unit, tile, vector, first, last);
-  float factor[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) {
-    factor[i] = 1.0f;
-    if (from[i] < to[i]) {
-      factor[i] =
-          soften(unit, vector + i, unit.p + i * kTileKeys, tile.first_key, from[i], to[i]);
+    for (int c = 0; c < COLUMNS; ++c) {
+      sums[i][c].store(unit.p + i * kSegmentKeys + (block + c) * kLanes);
     }
   }
-  gather_tile<HALF, N>(unit, tile, vector, from, to, factor);
 }
 
-template <bool HALF>
-inline void visit_vectors(const Unit& unit, const Tile& tile, int limit) {
-  int v = 0;
-  for (; v + 8 <= unit.vectors; v += 8) visit_tile<HALF, 8>(unit, tile, v, limit);
-  for (; v + 4 <= unit.vectors; v += 4) visit_tile<HALF, 4>(unit, tile, v, limit);
-  for (; v + 3 <= unit.vectors; v += 3) visit_tile<HALF, 3>(unit, tile, v, limit);
-  for (; v + 2 <= unit.vectors; v += 2) visit_tile<HALF, 2>(unit, tile, v, limit);
-  for (; v < unit.vectors; ++v) visit_tile<HALF, 1>(unit, tile, v, limit);
-}
-
-inline void visit_segment(const Unit& unit, int begin, int end) {
-  const float minus = -std::numeric_limits<float>::infinity();
-  std::memset(unit.o, 0, sizeof(float) * unit.vectors * unit.head_dim);
-  std::memset(unit.l, 0, sizeof(float) * unit.vectors * kLanes);
-  for (int i = 0; i < unit.vectors; ++i) unit.m[i] = minus;
-  for (int key = begin; key < end; key += kTileKeys) {
-    const int limit = key + kTileKeys < end ? key + kTileKeys : end;
-    if (limit <= unit.first_key(0)) continue;  // before every query's window
-    const Tile tile(unit, key, end);
-    if (unit.args.kv->half) {
-      visit_vectors<true>(unit, tile, limit);
+// Scores of all blocks that hold keys any of the group sees, and perhaps of one more.
+template <bool HALF, int N>
+inline void score(const Unit& unit, const Segment& segment, const Group<N>& group) {
+  constexpr int FEW = kColumns > 1 ? kColumns / 2 : 1;
+  const int last = (group.last + kLanes - 1) / kLanes;
+  for (int block = group.first / kLanes / kColumns * kColumns; block < last;) {
+    if (last - block > FEW) {
+      score_blocks<HALF, N, kColumns>(unit, segment, group.vector, block);
+      block += kColumns;
     } else {
-      visit_vectors<false>(unit, tile, limit);
+      score_blocks<HALF, N, FEW>(unit, segment, group.vector, block);
+      block += FEW;
     }
   }
 }
 
-// total = total * e^(total_m - m) + part * e^(part_m - m): one step of the merge of two softmaxes.
-inline void merge_one(float* total_o, float& total_m, float& total_l, const float* part_o,
-                      float part_m, float part_l, int head_dim) {
-  const float now = std::fmax(total_m, part_m);
-  if (now == -std::numeric_limits<float>::infinity()) return;  // neither has seen a key
-  alignas(64) float a[kLanes], b[kLanes];
-  exp16(F::set(total_m - now)).store(a);
-  exp16(F::set(part_m - now)).store(b);
-  const F scale = F::set(a[0]), part_scale = F::set(b[0]);
-  for (int d = 0; d < head_dim; d += kLanes) {
-    fma(F::load(total_o + d), scale, F::load(part_o + d) * part_scale).store(total_o + d);
+// Scores outside a vector's [from, to) become -infinity, in the blocks that hold keys any sees.
+inline void hide(float* p, int first_block, int last_block, int from, int to) {
+  for (int b = first_block; b < last_block; ++b) {
+    const int first = from - b * kLanes, last = to - b * kLanes;
+    if (first <= 0 && last >= kLanes) continue;
+    const bool none = last <= 0 || first >= kLanes || from >= to;
+    const F s = none ? F::set(-std::numeric_limits<float>::infinity())
+                     : keep_lanes(F::load(p + b * kLanes), first > 0 ? first : 0,
+                                  last < kLanes ? last : kLanes);
+    s.store(p + b * kLanes);
   }
-  total_l = __builtin_fmaf(total_l, a[0], part_l * b[0]);
-  total_m = now;
+}
+
+// Turns the group's scores into probabilities against each vector's largest, m; l are their sums.
+template <int N>
+inline void soften(const Unit& unit, const Group<N>& group, float* m, float* l) {
+  const int first = group.first / kLanes, last = (group.last + kLanes - 1) / kLanes;
+  F best[N], sum[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    hide(unit.p + i * kSegmentKeys, first, last, group.from[i], group.to[i]);
+    best[i] = F::set(-std::numeric_limits<float>::infinity());
+    sum[i] = F::set(0.0f);
+  }
+  for (int b = first; b < last; ++b) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      best[i] = max(F::load(unit.p + i * kSegmentKeys + b * kLanes), best[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    m[i] = reduce_max(best[i]);
+    best[i] = F::set(m[i]);
+  }
+  for (int b = first; b < last; ++b) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      float* place = unit.p + i * kSegmentKeys + b * kLanes;
+      const F e = exp2_16(F::load(place) - best[i]);
+      e.store(place);
+      sum[i] = sum[i] + e;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) l[i] = reduce_add(sum[i]);
+}
+
+// One key's value, COLUMNS vectors from dimension d: sums[i] += p[i][key] v[key].
+template <bool HALF, int N, int COLUMNS, bool ALL>
+inline void gather_key(const Unit& unit, const Group<N>& group, const uint8_t* v, int key,
+                       F (&sums)[N][COLUMNS]) {
+  F row[COLUMNS];
+#pragma GCC unroll 8
+  for (int c = 0; c < COLUMNS; ++c) row[c] = load_kv<HALF>(v, c * kLanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    if (!ALL && (key < group.from[i] || key >= group.to[i])) continue;
+    const F weight = F::set(unit.p[i * kSegmentKeys + key]);
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) sums[i][c] = fma(weight, row[c], sums[i][c]);
+  }
+}
+
+// The group's outputs of a segment in COLUMNS vectors from dimension d, key by key in order: merged
+// into the totals (old total times `keep`, new part times `take`), or written to the partials.
+template <bool HALF, int N, int COLUMNS>
+inline void gather(const Unit& unit, const Segment& segment, const Group<N>& group, int d,
+                   const float* keep, const float* take) {
+  constexpr size_t BYTES = HALF ? 2 : 4;
+  const size_t dim = unit.head_dim;
+  F sums[N][COLUMNS];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) sums[i][c] = F::set(0.0f);
+  }
+  for (int key = group.first; key < group.last;) {
+    const int block = key / kLanes;
+    const size_t at = (key % kLanes * dim + d) * BYTES;
+    const uint8_t* v = segment.values(block) + at;
+    const uint8_t* ahead = segment.stream[segment.blocks + block + kAheadBlocks] + at;
+    int stop = (block + 1) * kLanes < group.last ? (block + 1) * kLanes : group.last;
+    const bool all = key >= group.all_first && key < group.all_last;
+    if (all) {
+      stop = stop < group.all_last ? stop : group.all_last;
+      for (; key < stop; ++key, v += dim * BYTES, ahead += dim * BYTES) {
+        prefetch<COLUMNS * kLanes * BYTES>(ahead);
+        gather_key<HALF, N, COLUMNS, true>(unit, group, v, key, sums);
+      }
+      continue;
+    }
+    if (key < group.all_first && group.all_first < stop) stop = group.all_first;
+    for (; key < stop; ++key, v += dim * BYTES) {
+      gather_key<HALF, N, COLUMNS, false>(unit, group, v, key, sums);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    float* out = unit.partial == nullptr
+                     ? unit.total_o + (group.vector + i) * dim + d
+                     : unit.partial + (group.vector + i) * partial_floats(dim) + d;
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c, out += kLanes) {
+      if (unit.partial == nullptr) {
+        fma(F::load(out), F::set(keep[i]), sums[i][c] * F::set(take[i])).store(out);
+      } else {
+        sums[i][c].store(out);
+      }
+    }
+  }
+}
+
+// Merges N new (m, l) into the running ones; keep and take are the factors of their outputs. The
+// arrays are readable for kLanes; a state that has seen no key has m = -infinity, l = 0.
+inline void merge_sums(const float* m, const float* l, int n, float* total_m, float* total_l,
+                       float* keep, float* take) {
+  const F old = F::load(total_m), part = F::load(m), now = max(old, part);
+  const F a = exp2_16(old - now), b = exp2_16(part - now);
+  alignas(64) float sums[kLanes], tops[kLanes];
+  fma(F::load(total_l), a, F::load(l) * b).store(sums);
+  now.store(tops);
+  a.store(keep);
+  b.store(take);
+  for (int i = 0; i < n; ++i) {
+    total_m[i] = tops[i];
+    total_l[i] = sums[i];
+  }
+}
+
+template <bool HALF, int N>
+inline void visit(const Unit& unit, const Segment& segment, int vector) {
+  const Group<N> group(unit, segment, vector);
+  alignas(64) float m[kLanes] = {}, l[kLanes] = {}, keep[kLanes], take[kLanes];
+  score<HALF, N>(unit, segment, group);
+  soften<N>(unit, group, m, l);
+  if (unit.partial == nullptr) {
+    merge_sums(m, l, N, unit.total_m + vector, unit.total_l + vector, keep, take);
+  } else {
+    for (int i = 0; i < N; ++i) {
+      float* out = unit.partial + (vector + i) * partial_floats(unit.head_dim);
+      out[unit.head_dim] = m[i];
+      out[unit.head_dim + 1] = l[i];
+    }
+  }
+  int d = 0;
+  for (; d + kColumns * kLanes <= unit.head_dim; d += kColumns * kLanes) {
+    gather<HALF, N, kColumns>(unit, segment, group, d, keep, take);
+  }
+  for (; d < unit.head_dim; d += kLanes) gather<HALF, N, 1>(unit, segment, group, d, keep, take);
+}
+
+// All vectors in groups of at most kTogether, as even as they can be.
+template <bool HALF>
+inline void visit_segment(const Unit& unit, const Segment& segment) {
+  for (int v = 0; v < unit.vectors;) {
+    const int left = unit.vectors - v, groups = (left + kTogether - 1) / kTogether;
+    const int n = (left + groups - 1) / groups;
+    switch (n) {
+      case 6: visit<HALF, 6>(unit, segment, v); break;
+      case 5: visit<HALF, 5>(unit, segment, v); break;
+      case 4: visit<HALF, 4>(unit, segment, v); break;
+      case 3: visit<HALF, 3>(unit, segment, v); break;
+      case 2: visit<HALF, 2>(unit, segment, v); break;
+      default: visit<HALF, 1>(unit, segment, v);
+    }
+    v += n;
+  }
 }
 
 inline void write_normalised(const float* o, float l, int head_dim, float* y) {
@@ -275,53 +348,51 @@ inline void write_normalised(const float* o, float l, int head_dim, float* y) {
 }
 
 inline void attention(const AttentionArgs& args) {
-  const Unit unit(args);
-  const int dim = unit.head_dim;
-  const F scale = F::set(args.scale);
+  Unit unit(args);
+  const size_t dim = unit.head_dim;
+  const F scale = F::set(args.scale * 1.44269504088896341f);
   for (int v = 0; v < unit.vectors; ++v) {
     const float* source = args.q + v / args.group * args.stride + v % args.group * dim;
-    for (int d = 0; d < dim; d += kLanes) {
-      (F::load(source + d) * scale).store(unit.q + static_cast<size_t>(v) * dim + d);
+    for (size_t d = 0; d < dim; d += kLanes) {
+      (F::load(source + d) * scale).store(unit.q + v * dim + d);
+      F::set(0.0f).store(unit.total_o + v * dim + d);
     }
     unit.total_m[v] = -std::numeric_limits<float>::infinity();
     unit.total_l[v] = 0.0f;
   }
-  std::memset(unit.total_o, 0, sizeof(float) * unit.vectors * dim);
-  const int end_key = args.position + args.tokens;
-  for (int segment = args.first_segment; segment < args.last_segment; ++segment) {
-    const int begin = segment * kSegmentKeys;
-    const int end = begin + kSegmentKeys < end_key ? begin + kSegmentKeys : end_key;
-    visit_segment(unit, begin, end);
-    for (int v = 0; v < unit.vectors; ++v) {
-      const float* o = unit.o + static_cast<size_t>(v) * dim;
-      const float l = reduce_add(F::load(unit.l + static_cast<size_t>(v) * kLanes));
-      if (args.partial != nullptr) {
-        float* out = args.partial + v * partial_floats(dim);
-        std::memcpy(out, o, sizeof(float) * dim);
-        out[dim] = unit.m[v];
-        out[dim + 1] = l;
-      } else {
-        merge_one(unit.total_o + static_cast<size_t>(v) * dim, unit.total_m[v], unit.total_l[v], o,
-                  unit.m[v], l, dim);
-      }
+  for (int s = args.first_segment; s < args.last_segment; ++s) {
+    const Segment segment(unit, s);
+    if (args.kv->half) {
+      visit_segment<true>(unit, segment);
+    } else {
+      visit_segment<false>(unit, segment);
     }
+    if (unit.partial != nullptr) unit.partial += args.partial_stride;
   }
   if (args.partial != nullptr) return;
   for (int v = 0; v < unit.vectors; ++v) {
-    write_normalised(unit.total_o + static_cast<size_t>(v) * dim, unit.total_l[v], dim,
+    write_normalised(unit.total_o + v * dim, unit.total_l[v], unit.head_dim,
                      args.y + v / args.group * args.stride + v % args.group * dim);
   }
 }
 
-// Merges the partial results of one head's segments, in order; partials lie one after another.
-inline void merge(const float* partials, int segments, int head_dim, float* y) {
-  float m = -std::numeric_limits<float>::infinity(), l = 0.0f;
-  std::memset(y, 0, sizeof(float) * head_dim);
+// Merges one vector's segments, in order, into y: the same sums as `attention` makes over them.
+inline void merge(const float* partials, size_t stride, int segments, int head_dim, float* y) {
+  alignas(64) float total_m[kLanes], total_l[kLanes] = {}, m[kLanes] = {}, l[kLanes] = {};
+  alignas(64) float keep[kLanes], take[kLanes];
+  F::set(-std::numeric_limits<float>::infinity()).store(total_m);
+  for (int d = 0; d < head_dim; d += kLanes) F::set(0.0f).store(y + d);
   for (int s = 0; s < segments; ++s) {
-    const float* part = partials + s * partial_floats(head_dim);
-    merge_one(y, m, l, part, part[head_dim], part[head_dim + 1], head_dim);
+    const float* part = partials + s * stride;
+    m[0] = part[head_dim];
+    l[0] = part[head_dim + 1];
+    merge_sums(m, l, 1, total_m, total_l, keep, take);
+    const F a = F::set(keep[0]), b = F::set(take[0]);
+    for (int d = 0; d < head_dim; d += kLanes) {
+      fma(F::load(y + d), a, F::load(part + d) * b).store(y + d);
+    }
   }
-  write_normalised(y, l, head_dim, y);
+  write_normalised(y, total_l[0], head_dim, y);
 }
 
 }  // namespace twostroke::TS_ISA

@@ -65,9 +65,10 @@ struct KvPool {
   }
 };
 
-constexpr int kTileKeys = 64;      // keys a softmax tile, at absolute positions
-constexpr int kSegmentKeys = 256;  // keys between merges, at absolute positions
+constexpr int kSegmentKeys = 256;  // keys a softmax, at absolute positions
 constexpr int kQueryTile = 16;     // tokens of one row a unit handles
+constexpr int kTogether = 6;       // query vectors one pass over a segment serves
+constexpr int kAheadBlocks = 4;    // how far ahead KV blocks are fetched
 
 // A unit of attention: `tokens` consecutive queries of one row at one KV head, over the key
 // segments first_segment <= s < last_segment.
@@ -84,12 +85,17 @@ struct AttentionArgs {
   float scale;
   int first_segment, last_segment;
   float* scratch;  // attention_scratch_floats() floats
-  float* partial;  // not null: write (o, m, l) of the one segment here instead of y
+  // Not null: write (o, m, l) of every segment here instead of y, the next segment's so many floats
+  // further on.
+  float* partial;
+  size_t partial_stride;
+  const uint8_t* next[kAheadBlocks];  // or null: the keys this thread will read next
 };
 
 // Floats of scratch a unit needs.
 inline size_t attention_scratch_floats(int group, int head_dim) {
-  return static_cast<size_t>(group) * kQueryTile * (3 * head_dim + kLanes + 3) + 8 * kTileKeys;
+  return static_cast<size_t>(group) * kQueryTile * (2 * head_dim + 2) + 2 * kLanes +
+         kTogether * kSegmentKeys;
 }
 // Floats of one partial result: o, then m and l.
 inline size_t partial_floats(int head_dim) { return static_cast<size_t>(head_dim) + kLanes; }
@@ -110,7 +116,7 @@ struct Kernels {
   void (*write_kv)(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
                    const int32_t* block, const int32_t* slot, int first, int last);
   void (*attention)(const AttentionArgs& args);
-  void (*merge)(const float* partials, int segments, int head_dim, float* y);
+  void (*merge)(const float* partials, size_t stride, int segments, int head_dim, float* y);
 };
 
 const Kernels& get_portable_kernels();

@@ -14,7 +14,7 @@
 
 namespace twostroke::TS_ISA {
 
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 8192;
 constexpr int kPanelRows = 64;
 constexpr int kPanelTiles = 2;
 constexpr int kPanelWidth = kPanelTiles * kLanes;

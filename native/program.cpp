@@ -132,9 +132,8 @@ void Program::quantise(int in, int out, bool barrier) {
 
 void Program::linear(const Matrix& weight, int in, int out, std::vector<float> bias,
                      bool barrier) {
-  std::atomic<int>& next = add_counter();
   bias = pad_values(std::move(bias));
-  record("linear", barrier, [this, &weight, in, out, bias, &next](int, int threads) {
+  record("linear", barrier, [this, &weight, in, out, bias](int thread, int threads) {
     LinearArgs args{};
     args.weight = &weight;
     args.bias = bias.empty() ? nullptr : bias.data();
@@ -147,12 +146,9 @@ void Program::linear(const Matrix& weight, int in, int out, std::vector<float> b
     args.y = row(out, 0);
     args.y_stride = stride(out);
     args.rows = rows();
-    // One share a thread, of pairs of tiles; a thread that was held up takes the last.
-    const int tiles = weight.num_tiles();
-    const int piece = (tiles + 2 * threads - 1) / (2 * threads) * 2;
-    for (int first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tiles;) {
-      kernels_.linear(args, first, std::min(tiles, first + piece));
-    }
+    // Pairs of tiles, the width of a panel.
+    const auto [first, last] = get_share((weight.num_tiles() + 1) / 2, thread, threads);
+    kernels_.linear(args, 2 * first, std::min(2 * last, weight.num_tiles()));
   });
 }
 
@@ -228,46 +224,64 @@ void Program::attention(int layer, int q, int out, float scale, int window, bool
     attend(shape, q, out, next, thread);
   });
   record("merge", true, [this, group, window, out](int thread, int threads) {
-    const auto& merges = schedules_[window].merges;
-    const auto [first, last] = get_share(static_cast<int>(merges.size()) * group, thread, threads);
-    for (int i = first; i < last; ++i) {
-      // Partials of a unit lie segment by segment, each with all heads of the group.
-      const Merge& job = merges[i / group];
-      const int dim = kv_.head_dim, head = i % group;
-      const size_t size = partial_floats(dim);
-      std::vector<float>& parts = scratch_[thread];
-      for (int s = 0; s < job.segments; ++s) {
-        const size_t from = static_cast<size_t>(job.partial + s) * max_group_ + head;
-        std::memcpy(parts.data() + s * size, partials_.data() + from * size, size * sizeof(float));
-      }
-      kernels_.merge(parts.data(), job.segments, dim,
-                     row(out, job.token) + (job.kv_head * group + head) * dim);
-    }
+    merge(schedules_[window], group, out, thread, threads);
   });
 }
 
 void Program::attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next,
                      int thread) {
-  const auto& units = schedules_[shape.window].units;
-  const int count = static_cast<int>(units.size());
-  for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-    const Unit& unit = units[i];
-    AttentionArgs args = shape;
-    const size_t head = static_cast<size_t>(unit.kv_head) * shape.group * kv_.head_dim;
-    args.blocks = step_.block_tables.data() + static_cast<size_t>(unit.row) * step_.max_blocks;
-    args.q = row(q, unit.first_token) + head;
-    args.y = row(out, unit.first_token) + head;
-    args.kv_head = unit.kv_head;
-    args.position = step_.positions[unit.first_token];
-    args.tokens = unit.tokens;
-    args.first_segment = unit.first_segment;
-    args.last_segment = unit.last_segment;
-    args.scratch = scratch_[thread].data();
-    if (unit.partial >= 0) {
-      args.partial = partials_.data() +
-                     static_cast<size_t>(unit.partial) * max_group_ * partial_floats(kv_.head_dim);
+  const Schedule& schedule = schedules_[shape.window];
+  const int pieces = static_cast<int>(schedule.pieces.size()) - 1;
+  const auto get_table = [&](const AttentionUnit& unit) {
+    return step_.block_tables.data() + static_cast<size_t>(unit.row) * step_.max_blocks;
+  };
+  for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+    for (int u = schedule.pieces[i]; u < schedule.pieces[i + 1]; ++u) {
+      const AttentionUnit& unit = schedule.units[u];
+      AttentionArgs args = shape;
+      const size_t head = static_cast<size_t>(unit.kv_head) * shape.group * kv_.head_dim;
+      args.blocks = get_table(unit);
+      args.q = row(q, unit.first_token) + head;
+      args.y = row(out, unit.first_token) + head;
+      args.kv_head = unit.kv_head;
+      args.position = step_.positions[unit.first_token];
+      args.tokens = unit.tokens;
+      args.first_segment = unit.first_segment;
+      args.last_segment = unit.last_segment;
+      args.scratch = scratch_[thread].data();
+      if (unit.partial >= 0) args.partial = partial(unit.partial);
+      args.partial_stride = partial(unit.tokens) - partial(0);
+      if (u + 1 < schedule.pieces[i + 1]) {  // what this thread will read next
+        const AttentionUnit& after = schedule.units[u + 1];
+        const int position = step_.positions[after.first_token];
+        const int first = std::max(after.first_segment * kSegmentKeys / kLanes,
+                                   get_first_block(position, shape.window));
+        for (int b = 0; b < kAheadBlocks; ++b) {
+          const int at = std::min(first + b, (position + after.tokens - 1) / kLanes);
+          args.next[b] = kv_.keys(shape.layer, get_table(after)[at], after.kv_head);
+        }
+      }
+      kernels_.attention(args);
     }
-    kernels_.attention(args);
+  }
+}
+
+void Program::merge(const Schedule& schedule, int group, int out, int thread, int threads) {
+  int count = 0;
+  for (const AttentionMerge& job : schedule.merges) count += job.tokens * group;
+  const auto [first, last] = get_share(count, thread, threads);
+  const int dim = kv_.head_dim;
+  int done = 0;
+  for (const AttentionMerge& job : schedule.merges) {
+    const int vectors = job.tokens * group;
+    const int end = std::min(vectors, last - done);
+    for (int v = std::max(0, first - done); v < end; ++v) {
+      kernels_.merge(partial(job.partial) + v * partial_floats(dim),
+                     partial(job.tokens) - partial(0), job.segments, dim,
+                     row(out, job.first_token + v / group) +
+                         (static_cast<size_t>(job.kv_head) * group + v % group) * dim);
+    }
+    done += vectors;
   }
 }
 
@@ -291,36 +305,6 @@ void Program::take_rows(int in, int out, bool barrier) {
   });
 }
 
-// A query tile of 16 tokens at one KV head is one unit. When there are too few units for the
-// threads, single-token rows (decodes) are also divided by key segments and merged afterwards.
-void Program::build_schedule(int window, Schedule& schedule) const {
-  schedule.units.clear();
-  schedule.merges.clear();
-  const int num_rows = static_cast<int>(step_.row_offsets.size()) - 1;
-  const bool divide = num_rows * kv_.num_kv_heads < 4 * pool_.size();
-  int partials = 0;
-  for (int r = 0; r < num_rows; ++r) {
-    const int begin = step_.row_offsets[r], end = step_.row_offsets[r + 1];
-    for (int t = begin; t < end; t += kQueryTile) {
-      const int tokens = std::min(kQueryTile, end - t);
-      const int position = step_.positions[t];
-      const int first_key = window > 0 ? std::max(0, position + 1 - window) : 0;
-      const int first = first_key / kSegmentKeys;
-      const int last = (position + tokens - 1) / kSegmentKeys + 1;
-      for (int head = 0; head < kv_.num_kv_heads; ++head) {
-        if (!divide || tokens > 1 || last - first == 1) {
-          schedule.units.push_back({r, t, tokens, head, first, last, -1});
-          continue;
-        }
-        schedule.merges.push_back({t, head, partials, last - first});
-        for (int s = first; s < last; ++s) {
-          schedule.units.push_back({r, t, 1, head, s, s + 1, partials++});
-        }
-      }
-    }
-  }
-}
-
 void Program::prepare_body(const StepView& step) {
   for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
   step_ = step;
@@ -328,26 +312,20 @@ void Program::prepare_body(const StepView& step) {
   in_head_ = false;
   kv_block_.resize(num_tokens_);
   kv_slot_.resize(num_tokens_);
-  int longest = 0;
   for (size_t r = 0; r + 1 < step.row_offsets.size(); ++r) {
     for (int t = step.row_offsets[r]; t < step.row_offsets[r + 1]; ++t) {
-      const int position = step.positions[t];
-      kv_block_[t] = step.block_tables[r * step.max_blocks + position / kLanes];
-      kv_slot_[t] = position % kLanes;
-      longest = std::max(longest, position + 1);
+      kv_block_[t] = step.block_tables[r * step.max_blocks + step.positions[t] / kLanes];
+      kv_slot_[t] = step.positions[t] % kLanes;
     }
   }
-  size_t partials = 0;
+  int partials = 0;
   for (auto& [window, schedule] : schedules_) {
-    build_schedule(window, schedule);
-    for (const Merge& job : schedule.merges) {
-      partials = std::max(partials, static_cast<size_t>(job.partial + job.segments));
-    }
+    build_schedule(step, window, kv_.num_kv_heads, pool_.size(), schedule);
+    partials = std::max(partials, schedule.partials);
   }
-  partials_.resize(std::max(partials_.size(), partials * max_group_ * partial_floats(kv_.head_dim)));
-  const size_t segments = static_cast<size_t>(longest) / kSegmentKeys + 1;
-  const size_t scratch = std::max(attention_scratch_floats(max_group_, kv_.head_dim),
-                                  segments * partial_floats(kv_.head_dim));
+  const size_t floats = partial(partials) - partial(0);
+  partials_.resize(std::max(partials_.size(), floats));
+  const size_t scratch = attention_scratch_floats(max_group_, kv_.head_dim);
   for (auto& buffer : scratch_) buffer.resize(std::max(buffer.size(), scratch));
 }
 
@@ -365,7 +343,6 @@ void Program::run_body(const StepView& step) {
 }
 
 void Program::run_head(std::span<const int32_t> logit_rows) {
-  for (auto& counter : counters_) counter->store(0, std::memory_order_relaxed);
   prepare_head(logit_rows);
   in_head_ = true;
   pool_.parallel([&](int thread, int threads) { walk(head_, thread, threads); });

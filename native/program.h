@@ -21,13 +21,9 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "schedule.h"
 
 namespace twostroke {
-
-struct StepView {  // borrowed arrays, as in kernels/ops.py: StepArrays
-  std::span<const int32_t> tokens, positions, row_offsets, block_tables;
-  int max_blocks;
-};
 
 class Program {
  public:
@@ -106,17 +102,6 @@ class Program {
     bool barrier;
     int64_t time_ns = 0;
   };
-  struct Unit {  // one share of an attention op; partial < 0 when the unit writes its result
-    int row, first_token, tokens, kv_head, first_segment, last_segment, partial;
-  };
-  struct Merge {
-    int token, kv_head, partial, segments;
-  };
-  struct Schedule {  // how one window's attention is divided in this step
-    std::vector<Unit> units;
-    std::vector<Merge> merges;
-  };
-
   void record(std::string name, bool barrier, std::function<void(int, int)> run);
   void prepare_body(const StepView& step);
   void prepare_head(std::span<const int32_t> logit_rows);
@@ -124,7 +109,11 @@ class Program {
   void walk(std::vector<Op>& ops, int thread, int threads);
   std::atomic<int>& add_counter();
   void attend(const AttentionArgs& shape, int q, int out, std::atomic<int>& next, int thread);
-  void build_schedule(int window, Schedule& schedule) const;
+  void merge(const Schedule& schedule, int group, int out, int thread, int threads);
+  // Where the partial results of this number begin; each is a vector for every head of a group.
+  float* partial(int number) {
+    return partials_.data() + static_cast<size_t>(number) * max_group_ * partial_floats(kv_.head_dim);
+  }
   QuantisedRows quantised(int buffer) const;
   int rows() const { return in_head_ ? num_logit_rows_ : num_tokens_; }
   const Arena& arena(const Buffer& buffer) const { return buffer.head ? head_arena_ : body_arena_; }
@@ -137,8 +126,8 @@ class Program {
   Arena body_arena_, head_arena_;
   bool recording_head_ = false, in_head_ = false;
   std::vector<Op> body_, head_;
-  std::vector<std::unique_ptr<std::atomic<int>>> counters_;
-  std::map<int, Schedule> schedules_;  // by window
+  std::vector<std::unique_ptr<std::atomic<int>>> counters_;  // of attention ops
+  std::map<int, Schedule> schedules_;  // by window: how this step's attention is divided
 
   int num_tokens_ = 0, num_logit_rows_ = 0;
   StepView step_{};

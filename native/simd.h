@@ -36,16 +36,6 @@ inline uint32_t load_u32(const void* p) {
 #include "simd_portable.inl"
 #endif
 
-// Sums the 16 lanes in a fixed tree.
-inline float reduce_add(F x) {
-  alignas(64) float v[16];
-  x.store(v);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
-  return v[0];
-}
-
 // e^x to about one unit in the last place (Cody-Waite reduction, degree-6 polynomial). Below -87
 // the answer is 0, above 88 it is e^88; NaN gives 0.
 inline F exp16(F x) {
@@ -64,6 +54,21 @@ inline F exp16(F x) {
   p = fma(p, r, F::set(5.0000001201e-1f));
   p = fma(p, r * r, r) + F::set(1.0f);
   return select_greater(x, low, scale_by_power(p, shifted), F::set(0.0f));
+}
+
+// 2^x for x <= 0 to about two units in the last place (degree-5 polynomial, exact at integers).
+// Below -126 the answer is between 0 and 2^-126, at -127 and below it is 0; NaN gives 0.
+inline F exp2_16(F x) {
+  const F clamped = max(x, F::set(-127.0f));
+  const F magic = F::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = clamped + magic;
+  const F r = clamped - (shifted - magic);
+  F p = F::set(1.326472731307149e-3f);
+  p = fma(p, r, F::set(9.671512991189957e-3f));
+  p = fma(p, r, F::set(5.550733581185341e-2f));
+  p = fma(p, r, F::set(2.402224242687225e-1f));
+  p = fma(p, r, F::set(6.931470036506653e-1f));
+  return scale_by_power(fma(p, r, F::set(1.0f)), shifted);
 }
 
 }  // namespace twostroke::TS_ISA

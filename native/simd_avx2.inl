@@ -89,6 +89,13 @@ inline float reduce_max(F x) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+// Adds lanes 8 apart, then 4, 2 and 1 apart.
+inline float reduce_add(F x) {
+  const __m256 eight = _mm256_add_ps(x.lo, x.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 // Sum of sixteen signed bytes.
 inline int32_t sum_bytes(const int8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -187,3 +194,4 @@ struct Dot {
 };
 
 constexpr int kUnpackTiles = 0;  // too few registers to unpack a block once for many rows
+constexpr int kColumns = 1;  // columns whose sums for six rows fit the registers

@@ -55,6 +55,13 @@ inline F scale_by_power(F p, F shifted) {
 }
 
 inline float reduce_max(F x) { return _mm512_reduce_max_ps(x.v); }
+// Adds lanes 8 apart, then 4, 2 and 1 apart.
+inline float reduce_add(F x) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 // Sum of sixteen signed bytes.
 inline int32_t sum_bytes(const int8_t* p) {
   const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -100,3 +107,4 @@ struct Dot {
 };
 
 constexpr int kUnpackTiles = 2;  // tiles of a block that are unpacked once for many rows
+constexpr int kColumns = 4;  // columns whose sums for six rows fit the registers

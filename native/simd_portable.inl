@@ -82,6 +82,13 @@ inline float reduce_max(F x) {
   for (int i = 1; i < 16; ++i) best = x.v[i] > best ? x.v[i] : best;
   return best;
 }
+// Adds lanes 8 apart, then 4, 2 and 1 apart.
+inline float reduce_add(F x) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x.v[i] += x.v[i + width];
+  }
+  return x.v[0];
+}
 // Sum of sixteen signed bytes.
 inline int32_t sum_bytes(const int8_t* p) {
   int32_t sum = 0;
@@ -140,3 +147,4 @@ struct Dot {
 };
 
 constexpr int kUnpackTiles = 0;  // too few registers to unpack a block once for many rows
+constexpr int kColumns = 1;  // columns whose sums for six rows fit the registers

@@ -172,7 +172,7 @@ class Scheduler:
         assert flight is self._flights[0], f"step {outcome.step} answered before an earlier one"
         check_outcome(outcome, flight.plan, self.config.vocab_size)
         self._flights.popleft()
-        updates = self._take_pending()
+        updates = self._take_pending() if self._pending else []
         for placement, result in zip(flight.placements, outcome.results, strict=True):
             self._settle(placement, result, updates)
         return tuple(updates)
@@ -293,9 +293,9 @@ class Scheduler:
         admitted without a row in this step, since it would hold blocks for nothing.
         """
         roster = self._roster
-        while draft.has_room:
+        while True:
             head = roster.waiting.try_head()
-            if head is None or (before is not None and head.key > before):
+            if head is None or not draft.has_room or (before is not None and head.key > before):
                 return
             if draft.slack is None:
                 draft.slack = roster.measure_slack()
@@ -338,7 +338,8 @@ class Scheduler:
             count += 1
             ending = self._find_ending(sequence)
         tokens, logprobs = result.tokens[:count], result.logprobs[:count]
-        scored = sequence.group.take_scored() if sequence.id.index == 0 else ()
+        group = sequence.group
+        scored = group.take_scored() if sequence.id.index == 0 and not group.scored_emitted else ()
         updates.append(TokensEmitted(sequence.id, tokens, logprobs, scored))
         if ending is not None:
             updates.append(self._roster.end(sequence, ending))

@@ -50,9 +50,7 @@ class Group:
     scored_emitted: bool = False
 
     def take_scored(self) -> tuple[TokenLogprob, ...]:
-        """All of `scored` the first time, nothing afterwards."""
-        if self.scored_emitted:
-            return ()
+        """All of `scored`; only once."""
         self.scored_emitted = True
         return tuple(self.scored)
 
@@ -99,7 +97,7 @@ class Sequence:
         """
         count = min(self.gap, limit)
         edge = self.group.scored_planned
-        if self.is_scored and self.planned < edge < len(self.group.request.prompt) - 1:
+        if self.planned < edge < len(self.group.request.prompt) - 1 and self.is_scored:
             count = min(count, edge - self.planned)
         return count
 
@@ -109,7 +107,7 @@ class Sequence:
         request = group.request
         samples = end == len(self.tokens)
         shows_history = samples and group.needs_history
-        scores = self.is_scored and start == group.scored_planned
+        scores = start == group.scored_planned and self.is_scored
         return Row(
             self.id,
             tuple(self.tokens[start:end]),

@@ -44,6 +44,7 @@ class StepDraft:
     tokens_left: int
     rows_left: int
     placements: list[Placement] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     slack: int | None = None
     _candidates: list[Sequence] | None = None
@@ -56,6 +57,7 @@ class StepDraft:
     def add(self, placement: Placement) -> None:
         """Append a row."""
         self.placements.append(placement)
+        self.rows.append(placement.row)
         self.tokens_left -= len(placement.row.tokens)
         self.rows_left -= 1
 
@@ -75,8 +77,7 @@ class StepDraft:
 
     def build(self, step: int) -> StepPlan:
         """The finished plan."""
-        rows = tuple(placement.row for placement in self.placements)
-        return StepPlan(step, rows, tuple(self.copies))
+        return StepPlan(step, tuple(self.rows), tuple(self.copies))
 
 
 def check_outcome(outcome: StepOutcome, plan: StepPlan, vocab_size: int) -> None:
@@ -103,12 +104,11 @@ def _find_fault(row: Row, result: RowResult, vocab_size: int) -> str:
     for token in tokens:
         if type(token) is not int or not 0 <= token < vocab_size:
             return f"token {token!r} is no integer in 0 … {vocab_size - 1}"
-    first_draft = len(row.tokens) - row.drafts
-    if accepted and tokens[:-1] != row.tokens[first_draft : first_draft + accepted]:
+    if accepted and tokens[:-1] != row.tokens[-row.drafts :][:accepted]:
         return "accepted drafts differ from the drafted tokens"
     has_logprobs = row.sampling is not None and row.sampling.logprobs is not None
     if len(result.logprobs) != (len(tokens) if has_logprobs else 0):
         return f"{len(result.logprobs)} logprobs for {len(tokens)} tokens"
-    if tuple(entry.token for entry in result.scored) != row.scored:
+    if (row.scored or result.scored) and tuple(one.token for one in result.scored) != row.scored:
         return f"{len(result.scored)} scored tokens do not match the {len(row.scored)} asked for"
     return ""

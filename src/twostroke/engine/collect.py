@@ -40,14 +40,9 @@ class _Collected:
 
 
 class Collector:
-    """Gathers the deltas of one call; written on the engine's thread, read when all is done.
+    """Gathers the deltas of one call; written on the engine's thread, read when all is done."""
 
-    `changed` is set when all is done and, with `tells_progress`, at every change before: waking the
-    caller for each token would take the processor from the step that runs.
-    """
-
-    def __init__(self, requests: Sequence[Request], tells_progress: bool = True) -> None:
-        self._tells_progress = tells_progress
+    def __init__(self, requests: Sequence[Request]) -> None:
         self.collected = [[_Collected() for _ in range(one.n)] for one in requests]
         self.changed = threading.Event()
         self._done = 0
@@ -69,8 +64,7 @@ class Collector:
             into.ending = delta.ending
             self._generated_tokens += len(delta.tokens)
         self._done += ended
-        if self._tells_progress or self.is_done:
-            self.changed.set()
+        self.changed.set()
 
     def get_progress(self) -> Progress:
         """How far the call has come."""

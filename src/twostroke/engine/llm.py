@@ -187,9 +187,11 @@ class OfflineLLM:
         if not requests:
             return []
         report = _get_reporter(progress)
-        collector = Collector(requests, report is not None)
+        collector = Collector(requests)
         states = [
-            self._service.make_state(request, own, partial(collector.take, index))
+            self._service.make_state(
+                request, own, partial(collector.take, index), in_one=report is None
+            )
             for index, (request, own) in enumerate(zip(requests, each, strict=True))
         ]
         self._wait(states, collector, report)

@@ -121,6 +121,7 @@ class EngineLoop:
         self._inbox: deque[tuple[_Flight, StepAnswer]] = deque()
         self._in_flight: deque[_Flight] = deque()
         self._generation = 0
+        self._is_lent = False
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
@@ -181,14 +182,20 @@ class EngineLoop:
     def pump(self) -> None:
         """Take in the answers, start what can be started, then let the listener deliver."""
         self._take_answers()
-        self._check_deadline()
+        if self._policy.step_deadline_ns is not None:
+            self._check_deadline()
         self._start_steps()
         self._listener.deliver()
 
     def lend_thread(self) -> None:
-        """Let an executor without a thread run, on this one, the steps that `pump` has started."""
+        """Let an executor without a thread run, on this one, the steps that `pump` has started.
+
+        Nobody needs to be woken for its answers: `has_answers` tells that `pump` is due again.
+        """
         if self._run_pending is not None:
+            self._is_lent = True
             self._run_pending()
+            self._is_lent = False
 
     def close(self, reason: str = "the engine was closed") -> None:
         """Fail what is live with `reason`, refuse what comes later, and close the executor."""
@@ -211,7 +218,8 @@ class EngineLoop:
     def _receive(self, flight: _Flight, answer: StepAnswer) -> None:
         """Called by executors, from any thread."""
         self._inbox.append((flight, answer))
-        self._wake()
+        if not self._is_lent:
+            self._wake()
 
     def _take_answers(self) -> None:
         while self._inbox:

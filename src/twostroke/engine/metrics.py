@@ -24,6 +24,8 @@ _LONG_SECONDS = (
 )
 _TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 
+_STEPS_KEPT = 64
+
 # How a request as a whole ended; with n > 1 the first of these that any continuation has.
 ENDINGS = ("failed", "cancelled", "length", "stop")
 
@@ -117,6 +119,8 @@ class EngineMetrics:
         self._prompt_tokens = self._generation_tokens = 0
         self._ended = dict.fromkeys(ENDINGS, 0)
         self._gauges = Gauges()
+        self._new_steps: list[tuple[int, int]] = []  # tokens and duration, not yet counted
+        self._new_intervals_ns: list[int] = []
         self._step_seconds = Histogram(_SHORT_SECONDS)
         self._step_tokens = Histogram(_TOKENS)
         self._inter_token = Histogram(_SHORT_SECONDS)
@@ -143,15 +147,15 @@ class EngineMetrics:
         with self._lock:
             self._steps += 1
             self._prompt_tokens += prompt_tokens
-            self._step_seconds.observe(duration_ns / 1e9)
-            self._step_tokens.observe(step_tokens)
+            self._new_steps.append((step_tokens, duration_ns))
+            if len(self._new_steps) >= _STEPS_KEPT:
+                self._count_new()
 
     def record_emitted(self, tokens: int, intervals_ns: Sequence[int]) -> None:
         """Tokens were emitted; intervals: per continuation, time since its last emission."""
         with self._lock:
             self._generation_tokens += tokens
-            for interval_ns in intervals_ns:
-                self._inter_token.observe(interval_ns / 1e9)
+            self._new_intervals_ns += intervals_ns
 
     def record_loss(self) -> None:
         """An executor was lost."""
@@ -176,6 +180,20 @@ class EngineMetrics:
             if tokens_each > 1:
                 self._tpot.observe(decode_s / (tokens_each - 1))
 
+    def _count_new(self) -> None:
+        """Enter what happened in the last steps into the histograms; under the lock.
+
+        Done for many steps at a time, because a step leaves none of this code in the caches, and
+        fetching it again each time would cost more than the counting.
+        """
+        for tokens, duration_ns in self._new_steps:
+            self._step_tokens.observe(tokens)
+            self._step_seconds.observe(duration_ns / 1e9)
+        for interval_ns in self._new_intervals_ns:
+            self._inter_token.observe(interval_ns / 1e9)
+        self._new_steps.clear()
+        self._new_intervals_ns.clear()
+
     def set_gauges(self, gauges: Gauges) -> None:
         """What the scheduler holds now."""
         with self._lock:
@@ -184,6 +202,7 @@ class EngineMetrics:
     def get_stats(self) -> EngineStats:
         """A consistent snapshot; from any thread."""
         with self._lock:
+            self._count_new()
             return EngineStats(
                 submitted=self._submitted,
                 rejected=self._rejected,

@@ -76,12 +76,12 @@ class _EngineWork:
         self._loop = loop
         self._book = book
         self._metrics = metrics
-        self._gauged: tuple[int, int, int, int] | None = None
 
     def pump(self) -> float | None:
         self._loop.pump()
-        self._record_gauges()
         self._loop.lend_thread()
+        if self._loop.has_answers:
+            return 0
         due_ns = self._loop.next_wake_ns
         if due_ns is None:
             return None
@@ -89,7 +89,6 @@ class _EngineWork:
 
     def close(self) -> None:
         self._loop.close()
-        self._record_gauges()
 
     def abandon(self, reason: str) -> None:
         self._book.abort_all(reason, self._parts.clock.now_ns())
@@ -123,20 +122,19 @@ class _EngineWork:
             raise InvalidRequest(where + answer.reason)
         self._book.open(state, self._parts.clock.now_ns())
 
-    def _record_gauges(self) -> None:
+    def record_gauges(self) -> None:
+        """Note what the scheduler holds; reads plain counts only, so any thread may ask for it."""
         scheduler = self._parts.scheduler
-        now = (
-            scheduler.num_running,
-            scheduler.num_waiting,
-            scheduler.num_free_blocks,
-            scheduler.num_preemptions,
-        )
-        if now == self._gauged:  # most steps change none of them
-            return
-        self._gauged = now
-        running, waiting, free, preemptions = now
         total = scheduler.config.num_blocks
-        self._metrics.set_gauges(Gauges(running, waiting, total - free, total, preemptions))
+        self._metrics.set_gauges(
+            Gauges(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                kv_blocks_used=total - scheduler.num_free_blocks,
+                kv_blocks_total=total,
+                preemptions=scheduler.num_preemptions,
+            )
+        )
 
 
 class EngineService:
@@ -197,9 +195,16 @@ class EngineService:
             priority=priority,
         )
 
-    def make_state(self, request: Request, params: SamplingParams, sink: Sink) -> RequestState:
-        """A request ready to be submitted, whose output will go to `sink`."""
-        rules = TextRules(self.parts.tokenizer, params.stop_strings, params.skip_special_tokens)
+    def make_state(
+        self, request: Request, params: SamplingParams, sink: Sink, *, in_one: bool = False
+    ) -> RequestState:
+        """A request ready to be submitted, whose output will go to `sink`.
+
+        in_one: the output of a continuation is wanted when it has ended, not as it is made.
+        """
+        rules = TextRules(
+            self.parts.tokenizer, params.stop_strings, params.skip_special_tokens, in_one
+        )
         return RequestState(request, rules, sink)
 
     def submit(self, states: Sequence[RequestState]) -> Submitted:
@@ -233,6 +238,7 @@ class EngineService:
 
     def get_stats(self) -> EngineStats:
         """Counters and histograms so far."""
+        self._work.record_gauges()
         return self._metrics.get_stats()
 
     def get_health(self) -> EngineHealth:

@@ -109,8 +109,11 @@ class EngineThread:
         taken: deque[Callable[[], None]] = deque()
         try:
             while not self._stopping:
-                _run_all(taken)
-                taken = self._take_sent(work.pump())
+                if taken:
+                    _run_all(taken)
+                wait_s = work.pump()
+                if wait_s != 0 or not self._sent.empty():
+                    taken = self._take_sent(wait_s)
             _run_all(taken)
             work.close()
         except Exception as error:  # the outermost frame of the loop

@@ -15,7 +15,7 @@ import numpy as np
 
 from twostroke.core.types import Row, StepPlan
 from twostroke.exec.sampling import LogitLayout, build_logit_layout
-from twostroke.kernels.ops import I32, StepArrays
+from twostroke.kernels.ops import I32, SamplingArrays, StepArrays
 
 # Block tables are made this much wider than they must be, so that few steps need new ones.
 SPARE_BLOCKS = 8
@@ -23,10 +23,16 @@ SPARE_BLOCKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step as arrays. `step.logit_rows` are the positions that draw, as many as fit at once."""
+    """One step as arrays.
+
+    `step.logit_rows` are the positions that draw, as many as fit at once, and `first` is how they
+    are drawn. is_whole: nothing else needs logits.
+    """
 
     step: StepArrays
     layout: LogitLayout
+    first: SamplingArrays
+    is_whole: bool
 
 
 class BatchBuilder:
@@ -43,13 +49,17 @@ class BatchBuilder:
         if self._batch is not None and _continues(rows, self._rows):
             batch = self._batch = _advance(self._batch, rows, self._rows)
         else:
-            layout = build_logit_layout(plan)
-            step = build_step_arrays(plan, layout.sampled[: self._max_logit_rows])
-            batch = self._batch = Batch(step, layout)
-            if not _continues(rows, rows):
-                self._batch = None
+            batch = self._build_anew(plan)
+            self._batch = batch if batch.is_whole and _continues(rows, rows) else None
         self._rows = rows
         return batch
+
+    def _build_anew(self, plan: StepPlan) -> Batch:
+        layout = build_logit_layout(plan)
+        limit = self._max_logit_rows
+        step = build_step_arrays(plan, layout.sampled[:limit])
+        is_whole = layout.sampled.size <= limit and not layout.scored.size
+        return Batch(step, layout, layout.take_arrays(slice(0, limit)), is_whole)
 
 
 def build_step_arrays(plan: StepPlan, logit_rows: I32) -> StepArrays:
@@ -101,19 +111,18 @@ def _continues(rows: Sequence[Row], kept: Sequence[Row]) -> bool:
 
 def _advance(batch: Batch, rows: Sequence[Row], kept: Sequence[Row]) -> Batch:
     """The batch with the tokens, positions and blocks of `rows`, in the arrays of `kept` ones."""
-    step = batch.step
-    step.tokens[:] = [row.tokens[0] for row in rows]
-    step.positions[:] = starts = [row.start for row in rows]
-    batch.layout.arrays.counter[:, 0] = [start + 1 for start in starts]
-    for index, (row, last) in enumerate(zip(rows, kept, strict=True)):
-        if row.blocks is last.blocks:
-            continue
-        if len(row.blocks) > step.block_tables.shape[1]:
-            tables = _build_tables(rows)
-            wider = StepArrays(
-                step.tokens, step.positions, step.row_offsets, tables, step.logit_rows
-            )
-            return Batch(wider, batch.layout)
-        step.block_tables[index] = -1
-        step.block_tables[index, : len(row.blocks)] = row.blocks
-    return batch
+    step, tables = batch.step, batch.step.block_tables
+    tokens, positions, counter = step.tokens, step.positions, batch.first.counter
+    for index, row in enumerate(rows):
+        tokens[index] = row.tokens[0]
+        positions[index] = row.start
+        counter[index, 0] = row.start + 1
+        if row.blocks is not kept[index].blocks:
+            if len(row.blocks) > tables.shape[1]:
+                tables = _build_tables(rows)
+            tables[index] = -1
+            tables[index, : len(row.blocks)] = row.blocks
+    if tables is step.block_tables:
+        return batch
+    wider = StepArrays(tokens, positions, step.row_offsets, tables, step.logit_rows)
+    return Batch(wider, batch.layout, batch.first, batch.is_whole)

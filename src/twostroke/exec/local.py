@@ -149,21 +149,21 @@ class LocalExecutor:
             for copy in plan.copies:
                 kv[:, copy.target] = kv[:, copy.source]
         batch = self._builder.build(plan)
-        drawn, scored = self._compute(batch)
+        drawn = [self._runner.run_step(batch.step, batch.first)]
+        scored = [] if batch.is_whole else self._compute_rest(batch, drawn)
         results = build_results(plan.rows, drawn, scored)
         return StepOutcome(plan.step, results, time.perf_counter_ns() - begin)
 
-    def _compute(self, batch: Batch) -> tuple[list[Drawn], list[Drawn]]:
-        """Layers, logits, draws and scores, so many rows at a time as the runner takes."""
+    def _compute_rest(self, batch: Batch, drawn: list[Drawn]) -> list[Drawn]:
+        """The draws that are still missing, added to `drawn`, and all scores.
+
+        So many rows at a time as the runner takes.
+        """
         runner, layout = self._runner, batch.layout
-        first = batch.step.logit_rows.size
-        drawn = [runner.run_step(batch.step, layout.take_arrays(slice(0, first)))]
         scored: list[Drawn] = []
-        if first == layout.sampled.size and not layout.scored.size:
-            return drawn, scored
         draws = runner.get_draws()
         for chunk in layout.get_chunks(self._max_logit_rows):
-            if chunk.draws and chunk.start < first:
+            if chunk.draws and chunk.start < self._max_logit_rows:
                 continue
             logits = runner.get_logits(chunk.positions)
             if chunk.draws:
@@ -171,4 +171,4 @@ class LocalExecutor:
             else:
                 targets, top = layout.targets[chunk.part], layout.top[chunk.part]
                 scored.append(draws.score(logits, targets, top))
-        return drawn, scored
+        return scored

@@ -122,14 +122,18 @@ def build_results(
     rows: Sequence[Row], drawn: Sequence[Drawn], scored: Sequence[Drawn]
 ) -> tuple[RowResult, ...]:
     """One result per row, in order; drawn and scored answer the layout's positions, in parts."""
-    tokens = [token for part in drawn for token in part.tokens.tolist()]
+    tokens: list[Token] = []
+    for part in drawn:
+        tokens += part.tokens.tolist()
     draws: list[TokenLogprob] | None = None  # made when the first row asks for them
-    scores = iter(_get_entries(scored))
+    scores = iter(_get_entries(scored)) if scored else iter(())
     results = []
     at = 0
     for row in rows:
         spec = row.sampling
-        known = tuple([_cut(next(scores), row.scored_top) for _ in row.scored])
+        known: tuple[TokenLogprob, ...] = ()
+        if row.scored:
+            known = tuple([_cut(next(scores), row.scored_top) for _ in row.scored])
         if spec is None:
             results.append(RowResult(row.sequence, scored=known))
             continue

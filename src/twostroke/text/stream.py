@@ -48,7 +48,7 @@ class StreamDecoder:
         self._has_stops = bool(stops)
         self._skip_special = skip_special
         self._strips_space = tokenizer.strips_space and not after_prompt
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._unfinished = b""  # the first bytes of a character
         self._state = 0
         self._held = ""
         self._stop = ""
@@ -75,7 +75,7 @@ class StreamDecoder:
         elif self._strips_space:
             data = data.removeprefix(b" ")
             self._strips_space = False
-        return self._take(self._characters.decode(data))
+        return self._take(self._decode(data, final=False))
 
     def finish(self) -> str:
         """No more tokens will come; returns the text that was held back.
@@ -85,9 +85,16 @@ class StreamDecoder:
         if self._finished:
             return ""
         self._finished = True
-        text = self._take(self._characters.decode(b"", final=True))
+        text = self._take(self._decode(b"", final=True))
         held, self._held = self._held, ""
         return text + held
+
+    def _decode(self, data: bytes, final: bool) -> str:
+        """The characters that `data` completes; wrong bytes become U+FFFD."""
+        data = self._unfinished + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[used:]
+        return text
 
     def _take(self, text: str) -> str:
         if self._stop:
