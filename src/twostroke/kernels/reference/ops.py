@@ -69,7 +69,7 @@ def embed(step: StepArrays, table: F32, scale: float) -> F32:
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """x / sqrt(mean(x^2) + eps) * weight over groups of weight's length (Zhang & Sennrich 2019)."""
-    groups = x.reshape(*x.shape[:-1], -1, weight.size)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // weight.size, weight.size)
     mean = np.mean(groups * groups, axis=-1, keepdims=True, dtype=np.float32)
     root = np.sqrt(mean + np.float32(eps))
     return np.asarray(groups / root * weight, x.dtype).reshape(x.shape)
