@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from model_files import VOCAB, GGUFRecipe, make_gguf
+from model_files import make_gguf
+from tiny_models import TINY_SPECS
 from twostroke.cli.options import MachineOptions, ProfileOptions
 from twostroke.cli.profile import (
     CALL_REST,
@@ -29,9 +30,11 @@ OPTIONS = ProfileOptions(prompt_tokens=32, steps=4)
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes(make_gguf(GGUFRecipe(vocab=VOCAB)) if False else make_gguf())
-    return path
+    recipe = make_gguf("llama")
+    kind, tokens, element = recipe.keys["tokenizer.ggml.tokens"]
+    merged = ["t", "0", "1", "t0", "t1"]
+    recipe.keys["tokenizer.ggml.tokens"] = (kind, merged + tokens[len(merged) :], element)
+    return recipe.write(tmp_path / "tiny.gguf")
 
 
 def make_run() -> list[Sample]:
@@ -46,9 +49,7 @@ def make_run() -> list[Sample]:
 
 
 def build() -> tuple[Profile, Profile]:
-    from tiny_models import TINY
-
-    return build_profiles([make_run()] * 3, TINY, OPTIONS, DEVICE)
+    return build_profiles([make_run()] * 3, TINY_SPECS["llama"], OPTIONS, DEVICE)
 
 
 def test_parts_sum_to_the_wall_time() -> None:
@@ -80,9 +81,7 @@ def test_joined_products_have_the_floors_of_both() -> None:
     assert floors["gate+up"].seconds > floors["q"].seconds
 
 
-def test_a_real_model_is_taken_apart(
-    model_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_model_is_taken_apart(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ProfileOptions(prompt_tokens=20, steps=4, batch=2, json=True)
     run_profile(str(model_file), options, MachineOptions(threads=1))
     report = json.loads(capsys.readouterr().out)

@@ -19,6 +19,7 @@ from twostroke.spec.work import (
     count_pairs,
     get_floor_seconds,
     get_model_work,
+    get_op_work,
     get_step_work,
 )
 
@@ -215,3 +216,12 @@ def test_a_device_without_the_rate_is_refused_by_name() -> None:
     device = replace(DEVICE, rates=(("int8", 2e12),))
     with pytest.raises(ValueError, match=r"two cores has no rate for fp32 arithmetic.*int8"):
         get_floor_seconds(get_step_work(LLAMA_7B, DECODE), device)
+
+
+def test_work_by_op_sums_to_the_work_of_the_step() -> None:
+    for spec in (LLAMA_7B, SMALL):
+        for shape in (DECODE, make_step((7, 3, 1), (1, 40, 1))):
+            work, ops = get_step_work(spec, shape), get_op_work(spec, shape)
+            assert sum(op.flops for op in ops.values()) == work.flops
+            norms = sum(work.get_part(name).bytes for name in ("embed", "elementwise"))
+            assert sum(op.bytes for op in ops.values()) == work.bytes - norms

@@ -102,9 +102,7 @@ class Recorder:
         self._call((x,), out, lambda p, at, wait: p.rms_norm(*at, weight.values, groups, eps, wait))
         return out
 
-    def _linear(
-        self, x: Slot, weight: PackedMatrix, bias: Vector | None, name: str = ""
-    ) -> Slot:
+    def _linear(self, x: Slot, weight: PackedMatrix, bias: Vector | None, name: str = "") -> Slot:
         assert x.width == weight.inputs, (x.width, weight.inputs)
         source = self._get_quantised(x) if weight.is_quantised else x
         out = self._new_slot(weight.outputs)
