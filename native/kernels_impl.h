@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "blocks.h"
 #include "rows.h"
+#include "write_kv.h"
 
 #include "linear.h"
 

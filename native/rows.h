@@ -89,44 +89,30 @@ inline void rope(float* x, size_t stride, int heads, int head_dim, const float* 
                  const float* sin, bool interleaved, const int32_t* positions, int first,
                  int last) {
   const int half = head_dim / 2;
-  const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
   for (int row = first; row < last; ++row) {
     const float* c = cos + static_cast<size_t>(positions[row]) * half;
     const float* s = sin + static_cast<size_t>(positions[row]) * half;
     for (int head = 0; head < heads; ++head) {
       float* values = x + row * stride + static_cast<size_t>(head) * head_dim;
-      for (int i = 0; i < half; ++i) {
-        const float a = values[i * step], b = values[i * step + apart];
-        values[i * step] = __builtin_fmaf(a, c[i], -(b * s[i]));
-        values[i * step + apart] = __builtin_fmaf(b, c[i], a * s[i]);
-      }
-    }
-  }
-}
-
-// Stores K transposed and V as it is; values beyond the range of f16 are clamped to its ends.
-inline void write_kv(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
-                     const int32_t* block, const int32_t* slot, int first, int last) {
-  const F top = F::set(65504.0f), bottom = F::set(-65504.0f);
-  alignas(64) uint16_t halves[kLanes];
-  for (int row = first; row < last; ++row) {
-    for (int head = 0; head < kv.num_kv_heads; ++head) {
-      const size_t from = row * stride + static_cast<size_t>(head) * kv.head_dim;
-      uint8_t* keys = kv.keys(layer, block[row], head);
-      uint8_t* values = kv.values(layer, block[row], head);
-      for (int d = 0; d < kv.head_dim; d += kLanes) {
-        const size_t value_at = static_cast<size_t>(slot[row]) * kv.head_dim + d;
-        if (kv.half) {
-          auto* keys16 = reinterpret_cast<uint16_t*>(keys);
-          min(max(F::load(k + from + d), bottom), top).store_f16(halves);
-          for (int i = 0; i < kLanes; ++i) keys16[(d + i) * kLanes + slot[row]] = halves[i];
-          min(max(F::load(v + from + d), bottom), top)
-              .store_f16(reinterpret_cast<uint16_t*>(values) + value_at);
-        } else {
-          auto* keys32 = reinterpret_cast<float*>(keys);
-          for (int i = 0; i < kLanes; ++i) keys32[(d + i) * kLanes + slot[row]] = k[from + d + i];
-          F::load(v + from + d).store(reinterpret_cast<float*>(values) + value_at);
+      if (interleaved) {
+        for (int i = 0; i < half; i += kLanes / 2) {  // head_dim is a multiple of 16
+          const F pairs = F::load(values + 2 * i);
+          fma(pairs, F::load_twice(c + i), negate_even(pairs.swap_pairs() * F::load_twice(s + i)))
+              .store(values + 2 * i);
         }
+        continue;
+      }
+      int i = 0;
+      for (; i + kLanes <= half; i += kLanes) {
+        const F a = F::load(values + i), b = F::load(values + half + i);
+        const F ci = F::load(c + i), si = F::load(s + i);
+        fma(a, ci, b * si * F::set(-1.0f)).store(values + i);
+        fma(b, ci, a * si).store(values + half + i);
+      }
+      for (; i < half; ++i) {
+        const float a = values[i], b = values[half + i];
+        values[i] = __builtin_fmaf(a, c[i], -(b * s[i]));
+        values[half + i] = __builtin_fmaf(b, c[i], a * s[i]);
       }
     }
   }

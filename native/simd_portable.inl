@@ -14,6 +14,10 @@ struct F {
   static F load(const float* p) {
     return make([p](int i) { return p[i]; });
   }
+  // Each of eight floats twice.
+  static F load_twice(const float* p) {
+    return make([p](int i) { return p[i / 2]; });
+  }
   static F load_f16(const uint16_t* p) {
     return make([p](int i) { return half_to_float(p[i]); });
   }
@@ -25,6 +29,9 @@ struct F {
   }
   static F load_i8(const uint8_t* p) {
     return make([p](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+  }
+  F swap_pairs() const {
+    return make([this](int i) { return v[i ^ 1]; });
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
   void store_f16(uint16_t* p) const {
@@ -59,6 +66,10 @@ inline F min(F a, F b) {
 }
 inline F abs(F a) {
   return F::make([&](int i) { return std::fabs(a.v[i]); });
+}
+// Lanes 0, 2, 4 … with the other sign.
+inline F negate_even(F a) {
+  return F::make([&](int i) { return i % 2 == 0 ? -a.v[i] : a.v[i]; });
 }
 inline F select_greater(F a, F b, F yes, F no) {
   return F::make([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });

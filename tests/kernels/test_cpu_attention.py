@@ -142,6 +142,21 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(window: int 
             np.testing.assert_array_equal(run(case, window, isa, threads), first)
 
 
+DECODES = [RowCase(1300, 1), RowCase(255, 1), RowCase(256, 1), RowCase(0, 1), RowCase(2047, 1)]
+
+
+@pytest.mark.parametrize("window", [None, 100, 700])
+@pytest.mark.parametrize("rows", [DECODES, DECODES[:1], [RowCase(1500, 5)], [RowCase(1100, 40)]])
+def test_a_sequence_cut_between_threads_gives_the_same_bits(
+    rows: list[RowCase], window: int | None
+) -> None:
+    case = make_case((3, 3, 64), rows, "f16")
+    first = run(case, window, threads=1)
+    assert get_relative_error(first, get_exact(case, window)) <= 1e-5
+    for threads in (2, 3, 5, 16):
+        np.testing.assert_array_equal(run(case, window, threads=threads), first)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(3, 3, 64), (1, 4, 256)])
 def test_chunks_and_company_do_not_change_a_bit(

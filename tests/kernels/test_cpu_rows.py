@@ -89,8 +89,9 @@ def test_rope(layout: str, heads: int, dim: int) -> None:
 def test_write_kv_puts_every_value_where_attention_reads_it(element: str, isa: str) -> None:
     rng = np.random.default_rng(5)
     shape = KVShape(2, 12, BLOCK, 3, 32, element)
-    step = make_step([RowCase(5, 30), RowCase(40, 1), RowCase(0, 9)], rng, 12)
-    k, v = (rng.standard_normal((40, 96)).astype(np.float32) for _ in range(2))
+    # Whole blocks and parts of blocks, decodes, a chunk that starts inside a block.
+    step = make_step([RowCase(0, 35), RowCase(5, 30), RowCase(40, 1), RowCase(0, 9)], rng, 12)
+    k, v = (rng.standard_normal((75, 96)).astype(np.float32) for _ in range(2))
     if element == "f16":
         k[0, 0], v[0, 1] = 1e6, -1e6  # beyond f16: clamped to its largest
     expected = reference.new_kv(shape)
