@@ -152,6 +152,7 @@ std::vector<float> to_vector(const Floats& values) {
 
 void bind_recording(nb::class_<BoundProgram>& cls) {
   using P = BoundProgram;
+  cls.def_static("row_stride", &Program::get_row_stride);
   cls.def("add_buffer", [](P& p, int width, int place) { return p.program.add_buffer(width, place); })
       .def("add_quantised",
            [](P& p, int width, int place) { return p.program.add_quantised(width, place); })

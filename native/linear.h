@@ -21,9 +21,14 @@ constexpr int kPanelWidth = kPanelTiles * kLanes;
 
 // Ask for the weights some way on, beyond the reach of the processor's own prefetching, where they
 // stream from memory for few rows: a single row wants them at once, a panel with its next tiles.
+// A row's weights are not used again before the next step, so they are asked for past the caches:
+// what they would push out there, the scheduler's memory above all, is needed between two steps.
 template <int STRIDE>
 inline void prefetch_row(const uint8_t* block) {
-  for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + kPrefetchBytes + line);
+  constexpr int kRead = 0, kUsedOnce = 0;
+  for (int line = 0; line < STRIDE; line += 64) {
+    __builtin_prefetch(block + kPrefetchBytes + line, kRead, kUsedOnce);
+  }
 }
 template <int STRIDE>
 inline void prefetch_panel(const uint8_t* block, size_t ahead) {

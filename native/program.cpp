@@ -46,10 +46,16 @@ Program::Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_to
   if (kv.head_dim % kLanes != 0) throw std::invalid_argument("head_dim must be a multiple of 16");
 }
 
+size_t Program::get_row_stride(size_t width) {
+  const size_t lines = (width + kLanes - 1) / kLanes;
+  return (lines | 1) * kLanes;
+}
+
 int Program::add_buffer(int width, int place) {
   Arena& arena = recording_head_ ? head_arena_ : body_arena_;
-  buffers_.push_back({width, pad(width), static_cast<size_t>(place), recording_head_});
-  arena.width = std::max(arena.width, place + pad(width));
+  const size_t stride = get_row_stride(width);
+  buffers_.push_back({width, stride, static_cast<size_t>(place), recording_head_});
+  arena.width = std::max(arena.width, place + stride);
   return static_cast<int>(buffers_.size()) - 1;
 }
 

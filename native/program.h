@@ -31,6 +31,9 @@ class Program {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
+  // Floats from one row of a buffer to the next: an odd number of cache lines, so that the same
+  // column of many rows does not meet in a few sets of a cache.
+  static size_t get_row_stride(size_t width);
   // A float buffer of `width` values a row, in the arena of the section being recorded. `place` is
   // where it starts there, in floats a row: buffers whose lives do not overlap may share a place.
   int add_buffer(int width, int place);

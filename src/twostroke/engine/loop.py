@@ -33,6 +33,7 @@ from twostroke.core.types import (
     StepPlan,
     Update,
 )
+from twostroke.engine.parts import IDLE, INBOX, WAIT, PartTimes
 from twostroke.errors import EngineClosed, EngineError, ExecutorLost
 
 # A request whose rows were lost so often, with nothing of it committed in between, is taken to be
@@ -67,10 +68,11 @@ class LoopListener(Protocol):
 class LentExecutor(Protocol):
     """An Executor without a thread of its own: steps started run when one is lent to it.
 
-    `run_pending` computes and answers what was started, on the calling thread.
+    `run_pending` computes and answers what was started, on the calling thread. It returns the
+    nanoseconds that went into arrays, arithmetic and results.
     """
 
-    def run_pending(self) -> None: ...
+    def run_pending(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class EngineLoop:
         self._in_flight: deque[_Flight] = deque()
         self._generation = 0
         self._is_lent = False
+        self.parts = PartTimes(clock.now_ns())
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
@@ -181,21 +184,28 @@ class EngineLoop:
 
     def pump(self) -> None:
         """Take in the answers, start what can be started, then let the listener deliver."""
+        now_ns = self._clock.now_ns
+        begin_ns = now_ns()
         self._take_answers()
         if self._policy.step_deadline_ns is not None:
             self._check_deadline()
+        answered_ns = now_ns()
         self._start_steps()
+        planned_ns = now_ns()
         self._listener.deliver()
+        until_next = INBOX if self._inbox else WAIT if self._in_flight else IDLE
+        self.parts.note_pump((begin_ns, answered_ns, planned_ns, now_ns()), until_next)
 
     def lend_thread(self) -> None:
         """Let an executor without a thread run, on this one, the steps that `pump` has started.
 
         Nobody needs to be woken for its answers: `has_answers` tells that `pump` is due again.
         """
-        if self._run_pending is not None:
+        if self._run_pending is not None and self._in_flight:
             self._is_lent = True
-            self._run_pending()
+            split_ns = self._run_pending()
             self._is_lent = False
+            self.parts.note_executor(split_ns, self._clock.now_ns())
 
     def close(self, reason: str = "the engine was closed") -> None:
         """Fail what is live with `reason`, refuse what comes later, and close the executor."""
@@ -314,7 +324,7 @@ class EngineLoop:
     def _use_executor(self, executor: Executor) -> None:
         self._executor = executor
         # Looked up once: asking a protocol takes longer than planning a row.
-        self._run_pending: Callable[[], None] | None = None
+        self._run_pending: Callable[[], tuple[int, int, int]] | None = None
         if isinstance(executor, LentExecutor):
             self._run_pending = executor.run_pending
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from twostroke.engine.outputs import RequestTimings
 
@@ -85,7 +86,8 @@ class EngineStats:
 
     ended: requests by how they ended, keys `ENDINGS`. live: accepted and not yet ended.
     prompt_tokens and generation_tokens: computed as prompt, and emitted. inter_token: time between
-    two emissions of one continuation. tpot: per request, first token to end over the tokens after
+    two emissions of one continuation. part_seconds: the life of the engine's thread, by
+    `parts.PARTS`. tpot: per request, first token to end over the tokens after
     the first of a continuation. queue, prefill, decode and e2e: per request, submitted → first
     planned → first token → ended, and the whole.
     """
@@ -99,6 +101,7 @@ class EngineStats:
     generation_tokens: int
     executor_losses: int
     steps: int
+    part_seconds: dict[str, float]
     step_seconds: HistogramData
     step_tokens: HistogramData
     ttft_seconds: HistogramData
@@ -119,6 +122,7 @@ class EngineMetrics:
         self._prompt_tokens = self._generation_tokens = 0
         self._ended = dict.fromkeys(ENDINGS, 0)
         self._gauges = Gauges()
+        self._part_ns: dict[str, int] = {}
         self._new_steps: list[tuple[int, int]] = []  # tokens and duration, not yet counted
         self._new_intervals_ns: list[int] = []
         self._step_seconds = Histogram(_SHORT_SECONDS)
@@ -194,10 +198,11 @@ class EngineMetrics:
         self._new_steps.clear()
         self._new_intervals_ns.clear()
 
-    def set_gauges(self, gauges: Gauges) -> None:
-        """What the scheduler holds now."""
+    def set_gauges(self, gauges: Gauges, part_ns: Mapping[str, int] = MappingProxyType({})) -> None:
+        """What the scheduler holds now, and where the engine's thread has spent its time."""
         with self._lock:
             self._gauges = gauges
+            self._part_ns = dict(part_ns)
 
     def get_stats(self) -> EngineStats:
         """A consistent snapshot; from any thread."""
@@ -213,6 +218,7 @@ class EngineMetrics:
                 generation_tokens=self._generation_tokens,
                 executor_losses=self._losses,
                 steps=self._steps,
+                part_seconds={name: ns / 1e9 for name, ns in self._part_ns.items()},
                 step_seconds=self._step_seconds.get_data(),
                 step_tokens=self._step_tokens.get_data(),
                 ttft_seconds=self._ttft.get_data(),

@@ -123,7 +123,7 @@ class _EngineWork:
         self._book.open(state, self._parts.clock.now_ns())
 
     def record_gauges(self) -> None:
-        """Note what the scheduler holds; reads plain counts only, so any thread may ask for it."""
+        """Note what is only read when asked for; these are plain counts, so any thread may ask."""
         scheduler = self._parts.scheduler
         total = scheduler.config.num_blocks
         self._metrics.set_gauges(
@@ -133,7 +133,8 @@ class _EngineWork:
                 kv_blocks_used=total - scheduler.num_free_blocks,
                 kv_blocks_total=total,
                 preemptions=scheduler.num_preemptions,
-            )
+            ),
+            self._loop.parts.get_totals(),
         )
 
 

@@ -46,7 +46,7 @@ class Ropes:
 
     def fill(self, positions: I32) -> None:
         """Make sure the tables have the rows of these positions (T,), as far as tables go."""
-        if (last := int(positions.max())) < self._filled:
+        if (last := max(positions.tolist())) < self._filled:
             return
         end = min(last // ROPE_ROWS * ROPE_ROWS + ROPE_ROWS, self._positions)
         for rope, table in self.tables.items():

@@ -107,6 +107,7 @@ class LocalExecutor:
         self._builder = BatchBuilder(self._max_logit_rows)
         self._pending: deque[tuple[StepPlan, OnDone]] = deque()
         self._closed = False
+        self._arrays_ns = self._compute_ns = self._results_ns = 0  # of this `run_pending`
         self._watch: Callable[[StepTimes], None] | None = None
 
     @property
@@ -139,8 +140,12 @@ class LocalExecutor:
         else:
             self._pending.append((plan, on_done))
 
-    def run_pending(self) -> None:
-        """Computes and answers every plan that was started."""
+    def run_pending(self) -> tuple[int, int, int]:
+        """Computes and answers every plan that was started.
+
+        Returns the nanoseconds that went into arrays, arithmetic and results.
+        """
+        self._arrays_ns = self._compute_ns = self._results_ns = 0
         while self._pending:
             plan, on_done = self._pending.popleft()
             try:
@@ -149,6 +154,7 @@ class LocalExecutor:
                 _log.exception("step %d failed", plan.step)
                 answer = ExecutorLost(f"step {plan.step} failed: {type(error).__name__}: {error}")
             on_done(answer)
+        return self._arrays_ns, self._compute_ns, self._results_ns
 
     def read_kv(self, blocks: Sequence[BlockId]) -> bytes:
         """The bytes of whole blocks, in order; no step may be running."""
@@ -168,22 +174,26 @@ class LocalExecutor:
             on_done(ExecutorLost("the executor is closed"))
 
     def _run(self, plan: StepPlan) -> StepOutcome:
-        begin = time.perf_counter_ns()
+        begin_ns = time.perf_counter_ns()
         if plan.copies:
             kv = self._runner.view_kv()
             for copy in plan.copies:
                 kv[:, copy.target] = kv[:, copy.source]
         batch = self._builder.build(plan)
-        call = time.perf_counter_ns()
+        built_ns = time.perf_counter_ns()
         drawn = [self._runner.run_step(batch.step, batch.first)]
-        called = time.perf_counter_ns()
         scored = [] if batch.is_whole else self._compute_rest(batch, drawn)
+        computed_ns = time.perf_counter_ns()
         results = build_results(plan.rows, drawn, scored)
-        run_ns = time.perf_counter_ns() - begin
+        end_ns = time.perf_counter_ns()
+        self._arrays_ns += built_ns - begin_ns
+        self._compute_ns += computed_ns - built_ns
+        self._results_ns += end_ns - computed_ns
         if self._watch is not None:
+            run_ns, call_ns = end_ns - begin_ns, computed_ns - built_ns
             tokens = batch.step.tokens.size
-            self._watch(StepTimes(begin, run_ns, called - call, tokens, len(plan.rows)))
-        return StepOutcome(plan.step, results, run_ns)
+            self._watch(StepTimes(begin_ns, run_ns, call_ns, tokens, len(plan.rows)))
+        return StepOutcome(plan.step, results, end_ns - begin_ns)
 
     def _compute_rest(self, batch: Batch, drawn: list[Drawn]) -> list[Drawn]:
         """The draws that are still missing, added to `drawn`, and all scores.

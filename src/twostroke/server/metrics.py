@@ -93,6 +93,12 @@ def _collect_counters(stats: EngineStats) -> Iterator[Metric]:
     for reason in SUCCESSES:
         success.add_metric([reason], stats.ended[reason])
     yield success
+    parts = CounterMetricFamily(
+        "twostroke_engine_seconds", "Life of the engine's thread, by part", labels=["part"]
+    )
+    for part, seconds in stats.part_seconds.items():
+        parts.add_metric([part], seconds)
+    yield parts
 
 
 def _to_histogram(name: str, text: str, data: HistogramData) -> Metric:

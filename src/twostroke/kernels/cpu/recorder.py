@@ -49,10 +49,6 @@ class _Spec:
     def arena(self) -> str:
         return ("head" if self.head else "body") + (" quantised" if self.quantised else "")
 
-    @property
-    def padded(self) -> int:
-        return self.width if self.quantised else -(-self.width // LANES) * LANES
-
 
 class Recorder:
     """Collects calls; see the module text."""
@@ -198,7 +194,7 @@ class Recorder:
         Kept slots share their memory with no other, so their values outlast a run.
         """
         calls = join_calls(self._calls)
-        places = self._place_slots(calls, {slot.index for slot in kept})
+        places = self._place_slots(program, calls, {slot.index for slot in kept})
         ids = self._add_buffers(program, places)
         program.allocate()
         program.start_body()
@@ -225,7 +221,7 @@ class Recorder:
                 ids[slot] = add(spec.width, places[slot].start)
         return ids
 
-    def _place_slots(self, calls: Sequence[Call], kept: set[int]) -> dict[int, Place]:
+    def _place_slots(self, program: Any, calls: Sequence[Call], kept: set[int]) -> dict[int, Place]:
         """A place for every slot in use: kept ones for good, others from first write to last."""
         last_use = find_last_uses([call.reads + call.writes for call in calls])
         arenas = {spec.arena: PlaceAllocator(spec.arena) for spec in self._slots}
@@ -233,7 +229,8 @@ class Recorder:
 
         def place(slot: int) -> None:
             spec = self._slots[slot]
-            places[slot] = arenas[spec.arena].take(spec.padded)
+            width = spec.width if spec.quantised else program.row_stride(spec.width)
+            places[slot] = arenas[spec.arena].take(width)
 
         for slot in sorted(kept):
             place(slot)
