@@ -189,10 +189,14 @@ inline void hide(float* p, int first_block, int last_block, int from, int to) {
 template <int N>
 inline void soften(const Unit& unit, const Group<N>& group, float* m, float* l) {
   const int first = group.first / kLanes, last = (group.last + kLanes - 1) / kLanes;
+  const int all_first = (group.all_first + kLanes - 1) / kLanes, all_last = group.all_last / kLanes;
+  const bool some = all_first < all_last;  // blocks of which all see every key
   F best[N], sum[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    hide(unit.p + i * kSegmentKeys, first, last, group.from[i], group.to[i]);
+    float* p = unit.p + i * kSegmentKeys;
+    hide(p, first, some ? all_first : last, group.from[i], group.to[i]);
+    if (some) hide(p, all_last, last, group.from[i], group.to[i]);
     best[i] = F::set(-std::numeric_limits<float>::infinity());
     sum[i] = F::set(0.0f);
   }
