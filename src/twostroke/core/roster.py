@@ -15,9 +15,9 @@ from bisect import insort
 from collections.abc import Iterator
 from operator import attrgetter
 
-from twostroke.core.blocks import BlockAllocator, BlockTable
 from twostroke.core.sequence import Group, Key, Sequence, State
 from twostroke.core.types import Ending, Request, SchedulerConfig, SequenceEnded, SequenceId
+from twostroke.kv.blocks import BlockAllocator, BlockTable
 
 _get_key = attrgetter("key")
 

@@ -24,10 +24,9 @@ newcomers, both in policy order, in the same step.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import fields
 
-from twostroke.core.admission import find_rejection
-from twostroke.core.policy import Policy, PriorityThenArrival
+from twostroke.core.admission import check_config, find_rejection
+from twostroke.core.policy import Policies
 from twostroke.core.roster import Roster
 from twostroke.core.sequence import Key, Sequence, State
 from twostroke.core.steps import Flight, Placement, StepDraft, check_outcome
@@ -62,14 +61,12 @@ class Scheduler:
     Raises InvalidParameter for a size below 1, with which nothing would ever be planned.
     """
 
-    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
-        for size in fields(config):
-            if getattr(config, size.name) < 1:
-                raise InvalidParameter(size.name, f"must be at least 1, not {config}")
+    def __init__(self, config: SchedulerConfig, policies: Policies | None = None) -> None:
+        check_config(config)
         self.config = config
         self.num_preemptions = 0
         self.num_ignored_results = 0
-        self._policy = policy or PriorityThenArrival()
+        self._policies = policies or Policies()
         self._roster = Roster(config)
         self._flights: deque[Flight] = deque()
         self._pending: list[Update] = []
@@ -124,7 +121,7 @@ class Scheduler:
         if rejection is not None:
             roster.fates["rejected"] += 1
             return rejection
-        roster.enter(request, self._policy.rank(request, now), arrival)
+        roster.enter(request, self._policies.order.rank(request, 0, now), arrival)
         return Accepted(request.id)
 
     def cancel(

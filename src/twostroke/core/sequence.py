@@ -16,8 +16,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from twostroke.core.blocks import BlockTable
 from twostroke.core.types import Request, Row, SequenceId, Token, TokenLogprob
+from twostroke.kv.blocks import BlockTable
 
 Key = tuple[tuple[int, ...], int, int]  # policy's rank, order of arrival, index
 

@@ -9,7 +9,7 @@ writer splits off a copy first (copy-on-write).
 
 from __future__ import annotations
 
-from twostroke.core.types import BlockCopy, BlockId
+from twostroke.kv.moves import BlockCopy, BlockId
 
 
 class BlockAllocator:
