@@ -264,6 +264,7 @@ class Scheduler:
             draft.room = policies.pace.open_step(self._measure_load(running), now)
         if iterations > 1 and len(decodes) == len(running) > 0 and policies.accounts is None:
             self._try_stride(draft, decodes, iterations)
+            draft.slack = None  # preemption may make more of it
         if draft.placements:
             return
         for sequence in decodes:
