@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twostroke.core.invariants import check
-from twostroke.core.policy import Policy
+from twostroke.core.policy import Policies
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
     Accepted,
@@ -41,6 +40,7 @@ from twostroke.core.types import (
     Update,
 )
 from twostroke.errors import InvalidParameter
+from twostroke.sim.invariants import check
 
 MODULUS = (1 << 61) - 1
 GARBAGE = -1
@@ -159,9 +159,9 @@ class Driver:
     Steps run when they are committed, the latest moment, unless `run_ahead` runs them earlier.
     """
 
-    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
+    def __init__(self, config: SchedulerConfig, policies: Policies | None = None) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, policy)
+        self.scheduler = Scheduler(config, policies)
         self.executor = FakeExecutor(config)
         self.told: dict[SequenceId, Told] = {}
         self.flights: deque[Running] = deque()

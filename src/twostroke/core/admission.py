@@ -8,9 +8,20 @@ the scheduler: the ranges of `SamplingSpec` are checked where users give them, i
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
 from twostroke.core.types import Rejected, Request, SchedulerConfig
+from twostroke.errors import InvalidParameter
 
 MAX_CONTINUATIONS = 1024
+
+
+def check_config(config: SchedulerConfig) -> None:
+    """Raise InvalidParameter for a size with which nothing would ever be planned."""
+    for size in fields(config):
+        least = 1 if size.default is MISSING else 0
+        if size.name != "cache_seed" and getattr(config, size.name) < least:
+            raise InvalidParameter(size.name, f"must be at least {least}, not {config}")
 
 
 def find_rejection(request: Request, config: SchedulerConfig) -> Rejected | None:
