@@ -59,25 +59,25 @@ class Overheads:
 # Agrawal et al. 2024), the rest to whole steps of Llama-2-70B on two, four and eight A100-80GB
 # (Splitwise, Patel et al. 2024), which an engine of 2023 made that launched every kernel from
 # Python. Assumed, because those measurements do not tell them: attention_efficiency and link_ns.
-# Error on the other halves, median and 90th percentile: products 5 % and 17 %, decode steps 2 % and
-# 8 %, prefills 12 % and 27 % (those of 16 prompts and more took longer than their work explains).
+# Error on the other halves, median and 90th percentile: products 5 % and 15 %, decode steps 2 % and
+# 6 %, prefills 11 % and 23 % (those of 16 prompts and more took longer than their work explains).
 EAGER = Overheads(
-    memory_efficiency=0.85,
-    matrix_efficiency=0.72,
+    memory_efficiency=0.90,
+    matrix_efficiency=0.717,
     attention_efficiency=0.5,
-    link_efficiency=0.22,
-    kernel_ns=10_000.0,
+    link_efficiency=0.228,
+    kernel_ns=10_600.0,
     link_ns=10_000.0,
-    layer_host_ns=432_000.0,
-    step_ns=9_740_000.0,
-    sampled_ns=447_000.0,
-    prompt_ns=18_900_000.0,
+    layer_host_ns=408_000.0,
+    step_ns=10_990_000.0,
+    sampled_ns=458_000.0,
+    prompt_ns=19_590_000.0,
 )
 # An engine that replays captured kernels and keeps Python out of the way, as engines since 2024 do.
 # Efficiencies as above but for the link; the overheads are assumed, not fitted.
 CAPTURED = Overheads(
-    memory_efficiency=0.85,
-    matrix_efficiency=0.72,
+    memory_efficiency=0.90,
+    matrix_efficiency=0.717,
     attention_efficiency=0.5,
     link_efficiency=0.7,
     kernel_ns=3_000.0,
