@@ -74,6 +74,7 @@ class StepBuilder:
             and self._try_stride(decodes, iterations)
         ):
             return
+        self._slack = None  # asked for a stride; preemption may make more of it
         for sequence in decodes:
             self._place(sequence, 1)
         for sequence in running:
