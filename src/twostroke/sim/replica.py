@@ -154,9 +154,9 @@ class Replica:
         heapq.heappush(self._barriers, time_ns)
         self.executor.barrier_ns = self._barriers[0]
 
-    def pass_barriers(self) -> None:
-        """Forget the barriers that are reached."""
-        while self._barriers and self._barriers[0] <= self._clock.now_ns():
+    def pass_barriers(self, time_ns: int) -> None:
+        """What was to happen up to then has; what a jump made late is still to come."""
+        while self._barriers and self._barriers[0] <= time_ns:
             heapq.heappop(self._barriers)
         self.executor.barrier_ns = self._barriers[0] if self._barriers else NEVER_NS
 
