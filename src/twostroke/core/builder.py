@@ -74,7 +74,7 @@ class StepBuilder:
             and self._try_stride(decodes, iterations)
         ):
             return
-        self._slack = None  # asked for a stride; preemption may make more of it
+        self._slack = None
         for sequence in decodes:
             self._place(sequence, 1)
         for sequence in running:
@@ -104,10 +104,8 @@ class StepBuilder:
 
     def _get_tokens(self, start: int, wanted: int) -> int:
         """How many of `wanted` tokens a prompt's row from position `start` may have."""
-        wanted = min(wanted, self._tokens_left)
-        if self._room is None or wanted < 1:
-            return wanted
-        return min(wanted, self._room.get_tokens(start, wanted))
+        most = min(wanted, self._tokens_left)
+        return most if self._room is None else min(most, self._room.get_tokens(start, wanted))
 
     def _measure_load(self, running: list[Sequence]) -> Load:
         head, allocator = self._roster.waiting.try_head(), self._roster.allocator
@@ -189,7 +187,7 @@ class StepBuilder:
                 return False
             left = min(group.request.max_new_tokens - one.num_new_tokens, most - len(one.tokens))
             iterations = min(iterations, left)
-        free, count_blocks = len(roster.allocator.free), roster.memory.get_num_blocks
+        free, count_blocks = roster.allocator.num_empty, roster.memory.get_num_blocks
         grown: list[int] = []
         while iterations > 1:
             grown = [

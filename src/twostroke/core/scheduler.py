@@ -37,6 +37,7 @@ from twostroke.core.types import (
     SchedulerConfig,
     StepOutcome,
     StepPlan,
+    Token,
     TokensEmitted,
     Update,
 )
@@ -257,11 +258,8 @@ class Scheduler:
 
     def _emit(self, sequence: Sequence, result: RowResult, updates: list[Update]) -> None:
         """Append drawn tokens up to the one that ends the sequence, if any, and report them."""
-        count, ending = 0, None
-        while ending is None and count < len(result.tokens):
-            sequence.tokens.append(result.tokens[count])
-            count += 1
-            ending = self._find_ending(sequence)
+        count, ending = self._find_ending(sequence, result.tokens)
+        sequence.tokens += result.tokens[:count]
         lasting = min(sequence.computed, len(sequence.tokens))
         sequence.kept.name_full(sequence.table, sequence.tokens, lasting)
         tokens, logprobs = result.tokens[:count], result.logprobs[:count]
@@ -272,18 +270,22 @@ class Scheduler:
         if ending is not None:
             updates.append(self._roster.end(sequence, ending))
 
-    def _find_ending(self, sequence: Sequence) -> Finished | None:
-        """How the last known token ends its sequence, or None when it does not.
+    def _find_ending(
+        self, sequence: Sequence, tokens: tuple[Token, ...]
+    ) -> tuple[int, Finished | None]:
+        """How many of these drawn tokens belong to a sequence, and how the last of them ends it.
 
         A sequence that has outgrown the whole pool cannot draw another token: that is "length".
         """
         request, config, known = sequence.group.request, self.config, len(sequence.tokens)
-        new_tokens = sequence.num_new_tokens
-        if sequence.tokens[-1] in request.stop_tokens and new_tokens >= request.min_new_tokens:
-            return Finished("stop")
-        most = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
-        is_full = known >= most or new_tokens >= request.max_new_tokens
-        return Finished("length") if is_full else None
+        left = min(config.context_tokens, config.num_blocks * config.block_tokens + 1) - known
+        left = min(left, request.max_new_tokens - sequence.num_new_tokens)
+        if not request.stop_tokens.isdisjoint(tokens):
+            least = request.min_new_tokens - sequence.num_new_tokens
+            for count, token in enumerate(tokens[:left], 1):
+                if token in request.stop_tokens and count >= least:
+                    return count, Finished("stop")
+        return min(left, len(tokens)), Finished("length") if left <= len(tokens) else None
 
     def _undo(self, placement: Placement) -> None:
         """Take one row back, as if it had never been planned."""

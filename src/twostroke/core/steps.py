@@ -67,9 +67,10 @@ def _find_fault(row: Row, result: RowResult, made: int, vocab_size: int) -> str:
         return f"{accepted} drafts accepted of {row.drafts}"
     if len(tokens) != (0 if row.sampling is None else accepted + made):
         return f"{len(tokens)} tokens with {accepted} drafts accepted in {made} iterations"
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            return f"token {token!r} is no integer in 0 … {vocab_size - 1}"
+    if tokens and (
+        set(map(type, tokens)) != {int} or not 0 <= min(tokens) <= max(tokens) < vocab_size
+    ):
+        return f"tokens {tokens!r} are no integers in 0 … {vocab_size - 1}"
     if accepted and tokens[:-1] != row.tokens[-row.drafts :][:accepted]:
         return "accepted drafts differ from the drafted tokens"
     has_logprobs = row.sampling is not None and row.sampling.logprobs is not None

@@ -98,7 +98,11 @@ def _check_blocks(
     assert len(set(free)) == len(free), "blocks: one is free twice"
     host = [*scheduler._roster.memory.free_host, *(h for one in sequences for h in one.kept.host)]
     assert sorted(host) == list(range(scheduler.config.host_blocks)), "host: a block leaked"
-    listed_free = frozenset(free)
+    taken, listed_free = len(allocator.references), frozenset(free)
+    assert all(block < taken for block in references | pins), "blocks: one was never taken"
+    assert allocator.num_free == scheduler.config.num_blocks - taken + len(free), (
+        "blocks: miscounted"
+    )
     for block, counted in enumerate(zip(allocator.references, allocator.pins, strict=True)):
         held = references[block], pins[block]
         assert counted == held, f"block {block}: counts {counted} references and pins, has {held}"
