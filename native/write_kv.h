@@ -1,54 +1,93 @@
 // Stores keys and values in their blocks: K transposed, so that a vector is one dimension of sixteen
-// keys, and V as it is. Values beyond the range of f16 are clamped to its ends.
+// keys, and V as it is (see KvPool). Values beyond the range of f16 are clamped to its ends, but for
+// f32. A token's int8 elements are round(x * 127 / max |x|) to nearest even, its scale max |x| / 127.
 #pragma once
 
 namespace twostroke::TS_ISA {
 
 inline F clamp_to_half(F x) { return min(max(x, F::set(-65504.0f)), F::set(65504.0f)); }
 
-// One token's K or V of one head, in slot `slot` of a block.
+// The scale of a token's K or V of one head, and the factor that makes elements of its values.
+struct KvScale {
+  float scale, inverse;
+
+  KvScale(const float* x, int head_dim) {
+    F most = F::set(0.0f);
+    for (int d = 0; d < head_dim; d += kLanes) most = max(abs(clamp_to_half(F::load(x + d))), most);
+    const float largest = reduce_max(most);
+    scale = largest / 127.0f;
+    inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;  // finite: else all elements are 0
+  }
+};
+
+// Sixteen values as elements, one after another at `out`.
+template <KvElement E>
+inline void store_elements(F x, F inverse, uint8_t* out) {
+  if constexpr (E == KvElement::f32) x.store(reinterpret_cast<float*>(out));
+  if constexpr (E == KvElement::f16) clamp_to_half(x).store_f16(reinterpret_cast<uint16_t*>(out));
+  if constexpr (E == KvElement::int8) {
+    (clamp_to_half(x) * inverse).store_rounded_i8(reinterpret_cast<int8_t*>(out));
+  }
+}
+
+// One token's K of one head, in slot `slot` of a block.
+template <KvElement E>
 inline void write_key(const KvPool& kv, uint8_t* keys, const float* k, int slot) {
-  alignas(64) uint16_t halves[kLanes];
+  constexpr size_t BYTES = get_bytes(E);
+  F inverse = F::set(1.0f);
+  if (E == KvElement::int8) {
+    const KvScale scale(k, kv.head_dim);
+    kv.scales(keys)[slot] = scale.scale;
+    inverse = F::set(scale.inverse);
+  }
+  alignas(64) uint8_t elements[kLanes * BYTES];
   for (int d = 0; d < kv.head_dim; d += kLanes) {
-    if (kv.half) {
-      auto* column = reinterpret_cast<uint16_t*>(keys) + d * kLanes + slot;
-      clamp_to_half(F::load(k + d)).store_f16(halves);
-      for (int i = 0; i < kLanes; ++i) column[i * kLanes] = halves[i];
-    } else {
-      auto* column = reinterpret_cast<float*>(keys) + d * kLanes + slot;
-      for (int i = 0; i < kLanes; ++i) column[i * kLanes] = k[d + i];
+    store_elements<E>(F::load(k + d), inverse, elements);
+    uint8_t* column = keys + (d * kLanes + slot) * BYTES;
+    for (int i = 0; i < kLanes; ++i) {
+      std::memcpy(column + i * kLanes * BYTES, elements + i * BYTES, BYTES);
     }
   }
 }
 
-inline void write_value(const KvPool& kv, uint8_t* values, const float* v, int slot) {
-  const size_t at = static_cast<size_t>(slot) * kv.head_dim;
+// One token's V of one head; `keys` is where that head's keys lie.
+template <KvElement E>
+inline void write_value(const KvPool& kv, uint8_t* keys, uint8_t* values, const float* v,
+                        int slot) {
+  F inverse = F::set(1.0f);
+  if (E == KvElement::int8) {
+    const KvScale scale(v, kv.head_dim);
+    kv.scales(keys)[kLanes + slot] = scale.scale;
+    inverse = F::set(scale.inverse);
+  }
+  uint8_t* row = values + static_cast<size_t>(slot) * kv.head_dim * get_bytes(E);
   for (int d = 0; d < kv.head_dim; d += kLanes) {
-    const F x = F::load(v + d);
-    if (kv.half) {
-      clamp_to_half(x).store_f16(reinterpret_cast<uint16_t*>(values) + at + d);
-    } else {
-      x.store(reinterpret_cast<float*>(values) + at + d);
-    }
+    store_elements<E>(F::load(v + d), inverse, row + d * get_bytes(E));
   }
 }
 
 // The keys of a whole block, whose tokens lie `stride` apart: a dimension at a time.
+template <KvElement E>
 inline void write_block_keys(const KvPool& kv, uint8_t* keys, const float* k, size_t stride) {
-  alignas(64) float column[kLanes];
+  alignas(64) float lanes[kLanes] = {}, column[kLanes];
+  F inverse = F::set(1.0f);
+  if (E == KvElement::int8) {
+    for (int i = 0; i < kLanes; ++i) {
+      const KvScale scale(k + i * stride, kv.head_dim);
+      kv.scales(keys)[i] = scale.scale;
+      lanes[i] = scale.inverse;
+    }
+    inverse = F::load(lanes);
+  }
   for (int d = 0; d < kv.head_dim; ++d) {
     for (int i = 0; i < kLanes; ++i) column[i] = k[i * stride + d];
-    const F x = F::load(column);
-    if (kv.half) {
-      clamp_to_half(x).store_f16(reinterpret_cast<uint16_t*>(keys) + d * kLanes);
-    } else {
-      x.store(reinterpret_cast<float*>(keys) + d * kLanes);
-    }
+    store_elements<E>(F::load(column), inverse, keys + d * kLanes * get_bytes(E));
   }
 }
 
-inline void write_kv(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
-                     const int32_t* block, const int32_t* slot, int first, int last) {
+template <KvElement E>
+inline void write_rows(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
+                       const int32_t* block, const int32_t* slot, int first, int last) {
   for (int row = first; row < last;) {
     const int end = row + kLanes;
     const bool whole =
@@ -59,14 +98,24 @@ inline void write_kv(const KvPool& kv, int layer, const float* k, const float* v
       uint8_t* values = kv.values(layer, block[row], head);
       const size_t at = row * stride + static_cast<size_t>(head) * kv.head_dim;
       if (whole) {
-        write_block_keys(kv, keys, k + at, stride);
+        write_block_keys<E>(kv, keys, k + at, stride);
       } else {
-        write_key(kv, keys, k + at, slot[row]);
+        write_key<E>(kv, keys, k + at, slot[row]);
       }
-      for (int i = 0; i < rows; ++i) write_value(kv, values, v + at + i * stride, slot[row + i]);
+      for (int i = 0; i < rows; ++i) {
+        write_value<E>(kv, keys, values, v + at + i * stride, slot[row + i]);
+      }
     }
     row += rows;
   }
+}
+
+inline void write_kv(const KvPool& kv, int layer, const float* k, const float* v, size_t stride,
+                     const int32_t* block, const int32_t* slot, int first, int last) {
+  const auto write = kv.element == KvElement::f32   ? write_rows<KvElement::f32>
+                     : kv.element == KvElement::f16 ? write_rows<KvElement::f16>
+                                                    : write_rows<KvElement::int8>;
+  write(kv, layer, k, v, stride, block, slot, first, last);
 }
 
 }  // namespace twostroke::TS_ISA

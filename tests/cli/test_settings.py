@@ -70,6 +70,13 @@ def test_the_reference_backend_keeps_kv_in_four_bytes() -> None:
     assert reference.kv_bytes == 2 * native.kv_bytes
 
 
+def test_int8_keys_and_values_take_little_more_than_half_the_memory() -> None:
+    half = resolve_settings(EngineSettings(model="m"), make_spec(), MACHINE)
+    small = resolve_settings(EngineSettings(model="m", kv="int8"), make_spec(), MACHINE)
+    assert small.num_blocks == half.num_blocks
+    assert small.kv_bytes * 2 * make_spec().head_dim == half.kv_bytes * (make_spec().head_dim + 4)
+
+
 def test_rows_never_outnumber_the_step_budget() -> None:
     resolved = resolve_settings(EngineSettings(model="m", step_tokens=16), make_spec(), MACHINE)
     assert resolved.max_rows == 16
@@ -85,6 +92,8 @@ def test_every_setting_gives_its_reason() -> None:
     ("parameter", "wanted"),
     [
         ("backend", EngineSettings(model="m", backend="cuda")),
+        ("kv", EngineSettings(model="m", kv="int4")),
+        ("kv", EngineSettings(model="m", kv="f16", backend="reference")),
         ("threads", EngineSettings(model="m", threads=0)),
         ("threads", EngineSettings(model="m", threads=True)),
         ("threads", EngineSettings(model="m", threads=10**9)),

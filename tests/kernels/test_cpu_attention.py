@@ -20,7 +20,13 @@ from kernels_support import (
     run_native,
 )
 from twostroke.kernels.ops import KVShape, StepArrays
-from twostroke.kernels.reference.ops import ReferenceKV, attention, get_pool_extents
+from twostroke.kernels.reference.ops import (
+    ReferenceKV,
+    attention,
+    get_pool_extents,
+    round_to_int8,
+)
+from twostroke.spec.kv import KvElement
 
 # Lengths that do not divide blocks (16), tiles (64) or segments (256), chunks at causal offsets,
 # decodes, and many key blocks.
@@ -35,7 +41,7 @@ def make_case(
     kv_heads, group, head_dim = heads
     rng = np.random.default_rng(kv_heads * 1000 + head_dim)
     blocks = sum(-(-(row.start + row.tokens) // BLOCK) for row in rows) + 3
-    shape = KVShape(1, blocks, BLOCK, kv_heads, head_dim, element)
+    shape = KVShape(1, blocks, BLOCK, kv_heads, head_dim, KvElement(element))
     extents = get_pool_extents(shape)
     kv = ReferenceKV(np.full(extents, np.nan), np.full(extents, np.nan))
     step = make_step(rows, rng, blocks)
@@ -62,12 +68,20 @@ def run(
     )
 
 
+def get_stored(pool: np.ndarray, shape: KVShape) -> np.ndarray:
+    """The values that the pool's elements stand for."""
+    if shape.element is not KvElement.INT8:
+        return pool
+    elements, scales = round_to_int8(pool.astype(np.float32))
+    return elements * scales.astype(np.float64)
+
+
 def get_exact(
     case: tuple[StepArrays, ReferenceKV, KVShape, np.ndarray], window: int | None
 ) -> np.ndarray:
     """The same attention in float64."""
     step, kv, shape, q = case
-    keys, values = (np.nan_to_num(pool) for pool in (kv.keys, kv.values))
+    keys, values = (get_stored(np.nan_to_num(pool), shape) for pool in (kv.keys, kv.values))
     exact = np.empty(q.shape)
     for row in range(len(step.row_offsets) - 1):
         for token in range(step.row_offsets[row], step.row_offsets[row + 1]):
@@ -104,6 +118,15 @@ def test_f16_keys_and_values_cost_no_more_than_their_rounding(heads: tuple[int, 
     assert get_relative_error(run(case, None), get_exact(case, None)) <= 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", HEADS)
+def test_int8_keys_and_values_cost_no_more_than_their_rounding(
+    heads: tuple[int, int, int], window: int | None
+) -> None:
+    case = make_case(heads, ROWS, "int8")
+    assert get_relative_error(run(case, window), get_exact(case, window)) <= 1e-5
+
+
 def test_extreme_logits_stay_exact_and_finite() -> None:
     # Keys scaled so that logits reach ±1e4: probabilities are 0 or 1 but for near ties.
     case = make_case((3, 3, 64), ROWS, "f32", logit_scale=3000.0)
@@ -133,9 +156,12 @@ def test_one_key_far_above_the_rest_wins_exactly() -> None:
     np.testing.assert_array_equal(run(case, None)[0], kv.values[0, winner, 333 % BLOCK, 0])
 
 
+@pytest.mark.parametrize("element", ["f16", "int8"])
 @pytest.mark.parametrize("window", [None, 100])
-def test_every_instruction_set_and_thread_count_gives_the_same_bits(window: int | None) -> None:
-    case = make_case((3, 3, 64), ROWS, "f16")
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(
+    window: int | None, element: str
+) -> None:
+    case = make_case((3, 3, 64), ROWS, element)
     first = run(case, window, ISAS[0], 1)
     for isa in ISAS:
         for threads in (1, 2, 3):
@@ -157,12 +183,13 @@ def test_a_sequence_cut_between_threads_gives_the_same_bits(
         np.testing.assert_array_equal(run(case, window, threads=threads), first)
 
 
+@pytest.mark.parametrize("element", ["f16", "int8"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(3, 3, 64), (1, 4, 256)])
 def test_chunks_and_company_do_not_change_a_bit(
-    heads: tuple[int, int, int], window: int | None
+    heads: tuple[int, int, int], window: int | None, element: str
 ) -> None:
-    whole = make_case(heads, [RowCase(0, 600)], "f16")
+    whole = make_case(heads, [RowCase(0, 600)], element)
     step, kv, shape, q = whole
     expected = run(whole, window)
     for size in (1, 7, 16, 250):
@@ -198,7 +225,7 @@ from kernels_support import BLOCK, RowCase, make_step, run_native
 from twostroke.kernels.ops import KVShape
 
 def attend(length):
-    shape = KVShape(1, length // BLOCK, BLOCK, 1, 16, "f16")
+    shape = KVShape(1, length // BLOCK, BLOCK, 1, 16)
     step = make_step([RowCase(0, length)], np.random.default_rng(0), length // BLOCK)
     kv = (np.zeros(shape.bytes, np.uint8), shape)
     run_native(step, [np.ones((length, 16), np.float32)],

@@ -7,7 +7,7 @@ request, through the real scheduler and executor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from twostroke.core.types import Request, SequenceId, TokenLogprob
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import Runner, RunnerSizes
 from twostroke.exec.reference import ReferenceRunner
+from twostroke.spec.kv import KvElement
 from twostroke.text.tokenizer import build_tokenizer
 from twostroke.weights.load import OpenModel, open_model
 
@@ -95,13 +96,18 @@ def test_reference_backend_agrees_with_the_reference_engines(model: tuple[str, O
     assert np.abs(get_differences(scored)).max() <= 1e-3
 
 
-def test_cpu_backend_stays_close_to_the_reference_engines(model: tuple[str, OpenModel]) -> None:
+@pytest.mark.parametrize("element", [KvElement.F16, KvElement.INT8])
+def test_cpu_backend_stays_close_to_the_reference_engines(
+    model: tuple[str, OpenModel], element: KvElement
+) -> None:
     _, opened = model
-    scored = score(CpuRunner(opened.spec, opened.tensors, SIZES), model)
+    scored = score(
+        CpuRunner(opened.spec, opened.tensors, replace(SIZES, kv_element=element)), model
+    )
     agreed = [entry.top[0][0] == entry.token for one in scored for entry in one.ours]
     differences = get_differences(scored)
     perplexity = np.exp(-differences.mean())
-    print(f"\n{model[0]}: most likely token equal at {np.mean(agreed):.1%} of {len(agreed)},")
+    print(f"\n{model[0]}, KV in {element.value}: most likely token equal at {np.mean(agreed):.1%} of {len(agreed)},")
     print(f"mean difference {np.abs(differences).mean():.4f}, perplexity × {perplexity:.4f}")
     assert np.mean(agreed) >= 0.97, np.mean(agreed)
     assert np.abs(differences).mean() <= 0.03, np.abs(differences).mean()

@@ -90,6 +90,7 @@ def _build_executor(model: OpenModel, settings: ResolvedSettings) -> LocalExecut
         num_blocks=settings.num_blocks,
         block_tokens=settings.block_tokens,
         max_step_tokens=settings.step_tokens,
+        kv_element=settings.kv_element,
     )
     return build_executor(model, settings.backend, sizes, get_cache_dir() / "packed")
 
@@ -131,20 +132,23 @@ class LLM:
         *,
         threads: int | None = None,
         backend: str = "cpu",
+        kv: str | None = None,
         kv_memory: int | str | None = None,
         step_tokens: int | None = None,
         max_rows: int | None = None,
     ) -> None:
         """Open a model by name, by path, or as org/name once it was pulled.
 
-        threads: that compute; default the physical cores. backend: "cpu" or "reference".
-        kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token budget of one
-        step. max_rows: most sequences in one step. Raises what `build_engine` does.
+        threads: that compute; default the physical cores. backend: "cpu" or "reference". kv: how
+        keys and values are stored, "f16", "int8" or "f32". kv_memory: bytes of the KV pool, or text
+        such as "512MiB". step_tokens: token budget of one step. max_rows: most sequences in one
+        step. Raises what `build_engine` does.
         """
         settings = EngineSettings(
             model=str(model),
             backend=backend,
             threads=threads,
+            kv=kv,
             kv_memory=kv_memory,
             step_tokens=step_tokens,
             max_rows=max_rows,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from twostroke.cli.machine import Machine
 from twostroke.errors import InvalidParameter
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 
 BACKENDS = ("cpu", "reference")
@@ -22,7 +23,7 @@ MAX_ROWS = 64
 # The share of available memory that the KV pool may take unasked; the rest is for the weights'
 # pages, for other programs, and for a second engine.
 KV_MEMORY_SHARE = 4
-KV_ELEMENT_BYTES = {"cpu": 2, "reference": 4}
+KV_ELEMENTS = {"cpu": KvElement.F16, "reference": KvElement.F32}
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -32,14 +33,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 class EngineSettings:
     """What a user asked for; None leaves the choice to the engine.
 
-    model: name, path or org/name. kv_memory: bytes, or text such as "512MiB". step_tokens: token
-    budget of one step. max_rows: most sequences in one step. has_chat: False leaves the chat
-    template alone, for those who send plain prompts only.
+    model: name, path or org/name. kv: how keys and values are stored, "f16", "int8" or "f32".
+    kv_memory: bytes, or text such as "512MiB". step_tokens: token budget of one step. max_rows:
+    most sequences in one step. has_chat: False leaves the chat template alone, for those who send
+    plain prompts only.
     """
 
     model: str
     backend: str = "cpu"
     threads: int | None = None
+    kv: str | None = None
     kv_memory: int | str | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
@@ -61,6 +64,7 @@ class ResolvedSettings:
 
     backend: str
     threads: int
+    kv_element: KvElement
     num_blocks: int
     block_tokens: int
     step_tokens: int
@@ -84,12 +88,14 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
     budget, budget_reason = _pick("step_tokens", wanted.step_tokens, STEP_TOKENS, 2**20)
     # More rows than tokens in a step would let some decodes wait for others.
     rows, rows_reason = _pick("max_rows", wanted.max_rows, min(MAX_ROWS, budget), budget)
-    block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES[wanted.backend])
+    element, element_reason = _pick_element(wanted)
+    block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(element)
     blocks, pool_reason = _size_pool(wanted, spec, machine, rows, block_bytes)
     pool = f"{format_bytes(blocks * block_bytes)} = {blocks * BLOCK_TOKENS:,} tokens"
     return ResolvedSettings(
         backend=wanted.backend,
         threads=threads,
+        kv_element=element,
         num_blocks=blocks,
         block_tokens=BLOCK_TOKENS,
         step_tokens=budget,
@@ -97,6 +103,7 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
         kv_bytes=blocks * block_bytes,
         choices=(
             Choice("threads", str(threads), threads_reason),
+            Choice("KV element", element.value, element_reason),
             Choice("KV pool", pool, pool_reason),
             Choice("step budget", f"{budget} tokens", budget_reason),
             Choice("rows in a step", str(rows), rows_reason),
@@ -144,6 +151,19 @@ def _size_pool(
         return needed, f"the {whole}" if rows == 1 else f"{rows} rows of the {whole}"
     left = f"a quarter of the {format_bytes(machine.available_bytes)}"
     return max(1, share // block_bytes), f"{left} of {machine.memory_reason}"
+
+
+def _pick_element(wanted: EngineSettings) -> tuple[KvElement, str]:
+    """How keys and values are stored and why."""
+    default = KV_ELEMENTS[wanted.backend]
+    if wanted.kv is None:
+        return default, "default"
+    known = tuple(KvElement) if wanted.backend == "cpu" else (default,)
+    for element in known:
+        if element.value == wanted.kv:
+            return element, "as asked"
+    names = " or ".join(element.value for element in known)
+    raise InvalidParameter("kv", f"of backend {wanted.backend} must be {names}, not {wanted.kv!r}")
 
 
 def _pick(name: str, wanted: int | None, default: int, most: int) -> tuple[int, str]:

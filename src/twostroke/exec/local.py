@@ -27,18 +27,23 @@ from twostroke.errors import ExecutorLost
 from twostroke.exec.batch import Batch, BatchBuilder
 from twostroke.exec.sampling import build_results
 from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
+from twostroke.spec.kv import KvElement
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerSizes:
-    """What a runner is made for: threads, the KV pool and the largest step."""
+    """What a runner is made for: threads, the KV pool and the largest step.
+
+    The reference runner keeps f32 whatever `kv_element` says.
+    """
 
     threads: int
     num_blocks: int
     block_tokens: int
     max_step_tokens: int
+    kv_element: KvElement = KvElement.F16
 
 
 class Runner(Protocol):

@@ -13,6 +13,7 @@ from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, Step
 from twostroke.kernels.reference import sampling
 from twostroke.kernels.reference.ops import ReferenceKV, get_pool_extents, make_ops
 from twostroke.models.decoder import run_head, run_layers
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 from twostroke.weights.tensor import HostTensor
 
@@ -32,7 +33,7 @@ class ReferenceRunner:
             sizes.block_tokens,
             spec.num_kv_heads,
             spec.head_dim,
-            "f32",
+            KvElement.F32,
         )
         memory = np.zeros((2, *get_pool_extents(shape)), np.float32)
         self._kv_bytes = memory.view(np.uint8).reshape(2 * spec.num_layers, sizes.num_blocks, -1)

@@ -13,14 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.kernels.ops import F32, KVShape, OpTable, RopeTable, StepArrays
+from twostroke.spec.kv import KvElement
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKV:
-    """KV of all layers: `keys` and `values` (layers, blocks, block_tokens, kv_heads, head_dim)."""
+    """KV of all layers: `keys` and `values` (layers, blocks, block_tokens, kv_heads, head_dim).
+
+    Of int8 elements the arrays hold what they stand for: element times scale.
+    """
 
     keys: NDArray[np.floating]
     values: NDArray[np.floating]
+    element: KvElement = KvElement.F32
 
 
 def get_pool_extents(shape: KVShape) -> tuple[int, int, int, int, int]:
@@ -37,8 +42,8 @@ def get_pool_extents(shape: KVShape) -> tuple[int, int, int, int, int]:
 def new_kv(shape: KVShape) -> ReferenceKV:
     """An empty pool of the given shape in its element type."""
     extents = get_pool_extents(shape)
-    element = np.float16 if shape.element == "f16" else np.float32
-    return ReferenceKV(np.zeros(extents, element), np.zeros(extents, element))
+    stored = np.float16 if shape.element is KvElement.F16 else np.float32
+    return ReferenceKV(np.zeros(extents, stored), np.zeros(extents, stored), shape.element)
 
 
 def make_ops(kv: ReferenceKV) -> OpTable:
@@ -107,7 +112,23 @@ def write_kv(kv: ReferenceKV, step: StepArrays, layer: int, pair: tuple[F32, F32
         blocks = step.block_tables[row, positions // block_tokens]
         slots = positions % block_tokens
         for pool, values in zip((kv.keys, kv.values), pair, strict=True):
-            pool[layer, blocks, slots] = values[tokens].reshape(-1, kv_heads, head_dim)
+            heads = values[tokens].reshape(-1, kv_heads, head_dim)
+            if kv.element is KvElement.INT8:
+                elements, scales = round_to_int8(heads)
+                heads = elements * scales
+            pool[layer, blocks, slots] = heads
+
+
+def round_to_int8(x: F32) -> tuple[NDArray[np.int8], F32]:
+    """x (..., head_dim) as int8 elements and scales (..., 1): x is about element * scale.
+
+    The scale is max |x| / 127; an element is x * (127 / max |x|), rounded to nearest even. Values
+    are first clamped to the range of f16; a head below 1e-30 becomes zeros.
+    """
+    clamped = np.clip(x, np.float32(-65504), np.float32(65504))
+    largest = np.abs(clamped).max(axis=-1, keepdims=True)
+    inverse = np.float32(127) / np.where(largest > 1e-30, largest, np.float32(np.inf))
+    return np.rint(clamped * inverse).astype(np.int8), largest / np.float32(127)
 
 
 def attention(
