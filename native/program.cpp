@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 namespace twostroke {
 namespace {
@@ -365,8 +366,10 @@ void Program::run_step(const StepView& step, std::span<const int32_t> logit_rows
     if (thread == 0) in_head_ = true;
     pool_.barrier();
     walk(head_, thread, threads);
+    const int64_t before = thread == 0 ? now_ns() : 0;
     pool_.barrier();
     finish(thread, threads);
+    if (thread == 0) finish_ns_ += now_ns() - before;
   });
 }
 
@@ -406,6 +409,7 @@ std::vector<std::pair<std::string, int64_t>> Program::take_times() {
       op.time_ns = 0;
     }
   }
+  times.emplace_back("draw", std::exchange(finish_ns_, 0));
   return times;
 }
 

@@ -76,7 +76,7 @@ class Program {
   size_t arena_bytes() const { return body_arena_.bytes() + head_arena_.bytes(); }
 
   // Nanoseconds spent in each operation (waiting at its barrier included) since the last call,
-  // with its name; counted on thread 0.
+  // with its name, and as "draw" in what `run_step` did with the logits; counted on thread 0.
   std::vector<std::pair<std::string, int64_t>> take_times();
 
  private:
@@ -133,6 +133,7 @@ class Program {
   std::vector<std::unique_ptr<std::atomic<int>>> counters_;  // of attention ops
   std::map<int, Schedule> schedules_;  // by window: how this step's attention is divided
 
+  int64_t finish_ns_ = 0;
   int num_tokens_ = 0, num_logit_rows_ = 0;
   StepView step_{};
   std::vector<int32_t> kv_block_, kv_slot_, token_row_, logit_rows_;

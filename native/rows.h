@@ -10,7 +10,7 @@ namespace twostroke::TS_ISA {
 // x / scale.
 inline void quantise_block(F lo, F hi, const QuantisedRows& out, size_t at) {
   const float largest = reduce_max(max(abs(lo), abs(hi)));
-  const float scale = largest / 127.0f;
+  const float scale = largest * (1.0f / 127.0f);
   const float inverse = scale > 0.0f ? 127.0f / largest : 0.0f;
   int8_t* q = out.q + at * kBlock;
   (lo * F::set(inverse)).store_rounded_i8(q);

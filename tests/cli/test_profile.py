@@ -13,7 +13,7 @@ from twostroke.cli.options import MachineOptions, ProfileOptions
 from twostroke.cli.profile import (
     CALL_REST,
     LOOP_REST,
-    STEP_REST,
+    RESTS,
     Profile,
     Sample,
     build_profiles,
@@ -40,10 +40,13 @@ def model_file(tmp_path: Path) -> Path:
 def make_run() -> list[Sample]:
     """A prefill of two steps, then six decode steps, each with something left over everywhere."""
     samples, at = [], 1000
+    each = {"arrays": 15, "compute": 900, "results": 10, "commit": 20, "plan": 22, "deliver": 8}
     for index, tokens in enumerate((16, 16, 1, 1, 1, 1, 1, 1)):
         ops = {"q": 300 + index, "attention": 200, "merge": 5, "gate+up": 400, "head": 90}
         run_ns = sum(ops.values()) + 60
-        samples.append(Sample(StepTimes(at, run_ns, run_ns - 25, tokens, 1), ops, watch_ns=40))
+        engine = {name: index * part_ns for name, part_ns in each.items()}
+        times = StepTimes(at, run_ns, run_ns - 25, tokens, 1)
+        samples.append(Sample(times, ops, watch_ns=40, engine=engine))
         at += run_ns + 70 + 40
     return samples
 
@@ -61,8 +64,11 @@ def test_what_is_left_over_is_told_apart() -> None:
     prefill, decode = build()
     rests = {part.name: part.seconds * 1e9 for part in decode.parts}
     assert rests[CALL_REST] == pytest.approx(35)
-    assert rests[STEP_REST] == pytest.approx(25)
-    assert rests[LOOP_REST] == pytest.approx(70)
+    python = {name: rests[f"Python: {name}"] for name in ("arrays", "results", "commit", "plan")}
+    assert python == pytest.approx({"arrays": 15, "results": 10, "commit": 20, "plan": 22})
+    assert rests["Python: deliver"] == pytest.approx(8)
+    assert rests[LOOP_REST] == pytest.approx(20)
+    assert decode.python_share * decode.wall_s * 1e9 == pytest.approx(95)
     assert prefill.steps == 2
 
 
@@ -89,14 +95,14 @@ def test_a_real_model_is_taken_apart(model_file: Path, capsys: pytest.CaptureFix
         parts = report[stroke]["parts"]
         total = sum(part["seconds"] for part in parts)
         assert total == pytest.approx(report[stroke]["wall_s"], rel=0.02)
-        assert {"q", "attention", "head", LOOP_REST} <= {part["name"] for part in parts}
+        assert {"q", "attention", "head", "draw", *RESTS} <= {part["name"] for part in parts}
 
 
 def test_the_table_names_every_part() -> None:
     _, decode = build()
     table = build_table(decode)
     names = list(table.columns[0].cells)
-    assert names[-4:] == [CALL_REST, STEP_REST, LOOP_REST, "all"]
+    assert names[-8:] == [*RESTS, "all"]
     assert names[0] == "gate+up"
 
 

@@ -1,8 +1,8 @@
 """`twostroke profile`: where a step's time goes, op by op, beside the least each op can take.
 
 One real request (or a batch of equal ones) runs through the real engine; the executor tells of
-every step, the native program of every op. What is left over, between ops and the native call,
-between the call and the step, and between one step and the next, is shown as such, so the parts of
+every step, the native program of every op, the engine's thread of what lies between. What is left
+over, of the native call and of the way from one step to the next, is shown as such, so the parts of
 a table always sum to its wall time.
 """
 
@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -43,21 +43,36 @@ if TYPE_CHECKING:
 ROUNDS = 3
 SEED = 20
 _TABLE_WIDTH = 100
-# What remains of the wall time, from the inside out.
-CALL_REST = "draws, waking threads"
-STEP_REST = "Python: arrays, results"
-LOOP_REST = "Python: plan, commit, text"
+# What remains of the wall time beside ops: of the native call, and of Python in a step's order. The
+# last is the rest: the way round the loop, requests and cancels.
+CALL_REST = "checks, waking threads"
+PYTHON = ("arrays", "results", "commit", "plan", "deliver")
+LOOP_REST = "Python: way round"
+RESTS = (CALL_REST, *(f"Python: {name}" for name in PYTHON), LOOP_REST)
 # An op that belongs to another's floor: the same bytes and operations are counted there.
 _BELONGS_TO = {"merge": "attention", "write_kv": "attention"}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One step: its times, each op's nanoseconds, and what watching itself took."""
+    """One step: its times, each op's nanoseconds, and what watching itself took.
+
+    engine: nanoseconds of the engine's thread by part so far, before what this step itself adds.
+    """
 
     times: StepTimes
     ops: Mapping[str, int]
     watch_ns: int
+    engine: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """From one step to the next: wall_ns, and of it what Python took by part."""
+
+    sample: Sample
+    wall_ns: int
+    python: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +96,7 @@ class Profile:
     @property
     def python_share(self) -> float:
         """What Python takes of the wall time."""
-        own = sum(part.seconds for part in self.parts if part.name in (STEP_REST, LOOP_REST))
+        own = sum(part.seconds for part in self.parts if part.name in RESTS[1:])
         return own / self.wall_s
 
     @property
@@ -91,13 +106,19 @@ class Profile:
 
 
 class StepWatch:
-    """Collects samples of an executor's steps; `take` empties it."""
+    """Collects samples of an executor's steps; `take` empties it.
 
-    def __init__(self, executor: LocalExecutor) -> None:
+    get_engine: nanoseconds of the engine's thread by part, so far.
+    """
+
+    def __init__(
+        self, executor: LocalExecutor, get_engine: Callable[[], Mapping[str, int]]
+    ) -> None:
         runner = executor.runner
         if not isinstance(runner, CpuRunner):
             raise InvalidParameter("backend", "only the cpu backend tells the time of each op")
         self._runner = runner
+        self._get_engine = get_engine
         self._samples: list[Sample] = []
         executor.watch(self._note)
 
@@ -108,10 +129,11 @@ class StepWatch:
 
     def _note(self, times: StepTimes) -> None:
         begin = time.perf_counter_ns()
+        engine = self._get_engine()
         ops: Counter[str] = Counter()
         for name, op_ns in self._runner.take_times():
             ops[name] += op_ns
-        self._samples.append(Sample(times, ops, time.perf_counter_ns() - begin))
+        self._samples.append(Sample(times, ops, time.perf_counter_ns() - begin, engine))
 
 
 def run_profile(model: str, options: ProfileOptions, on: MachineOptions) -> None:
@@ -154,7 +176,11 @@ def measure_runs(llm: LLM, options: ProfileOptions) -> list[list[Sample]]:
     executor = llm.built.parts.executor
     if not isinstance(executor, LocalExecutor):
         raise InvalidParameter("backend", "only an executor of this process can be watched")
-    watch = StepWatch(executor)
+
+    def get_engine() -> dict[str, int]:
+        return {name: round(part * 1e9) for name, part in llm.stats().part_seconds.items()}
+
+    watch = StepWatch(executor, get_engine)
     draw = random.Random(SEED)
     vocab = llm.built.parts.spec.vocab_size
     params = SamplingParams(temperature=0.0, max_tokens=options.steps + 2, ignore_eos=True)
@@ -181,53 +207,60 @@ def build_profiles(
     """Prefill (the round of the median wall time) and decode (the middle half of all steps)."""
     prefills, decodes = [], []
     for run in runs:
-        walls = [
-            after.times.begin_ns - step.times.begin_ns - step.watch_ns
-            for step, after in pairwise(run)
-        ]
-        is_decode = [step.times.tokens == options.batch for step in run]
-        first = is_decode.index(True)
-        prefills.append((sum(walls[:first]), run[:first]))
-        decodes += list(zip(walls, run, strict=False))[first : first + options.steps]
-    prefills.sort(key=lambda pair: pair[0])
-    wall_ns, steps = prefills[len(prefills) // 2]
+        spans = [_measure_span(step, after) for step, after in pairwise(run)]
+        first = [step.times.tokens == options.batch for step in run].index(True)
+        prefills.append(spans[:first])
+        decodes += spans[first : first + options.steps]
+    prefills.sort(key=lambda spans: sum(span.wall_ns for span in spans))
+    chosen = prefills[len(prefills) // 2]
     shape = StepShape((RowShape(options.prompt_tokens, 0, 1),) * options.batch)
-    prefill = _build("prefill", wall_ns, steps, 1, get_op_work(spec, shape, kv_element), device)
-    decodes.sort(key=lambda pair: pair[0])
+    prefill = _build("prefill", chosen, 1, get_op_work(spec, shape, kv_element), device)
+    decodes.sort(key=lambda span: span.wall_ns)
     quarter = len(decodes) // 4
     middle = decodes[quarter : len(decodes) - quarter]
     depth = options.prompt_tokens + options.steps // 2
     shape = StepShape((RowShape(1, depth, 1),) * options.batch)
-    total_ns = sum(wall for wall, _ in middle)
-    work = get_op_work(spec, shape, kv_element)
-    decode = _build("decode", total_ns, [s for _, s in middle], len(middle), work, device)
+    decode = _build("decode", middle, len(middle), get_op_work(spec, shape, kv_element), device)
     return prefill, decode
+
+
+def _measure_span(step: Sample, after: Sample) -> Span:
+    """From a step's begin to the next one's, less the time that went into watching."""
+    wall_ns = after.times.begin_ns - step.times.begin_ns - step.watch_ns
+    python = {
+        name: after.engine.get(name, 0) - step.engine.get(name, 0)
+        for name in ("arrays", "commit", "plan", "deliver")
+    }
+    python["results"] = step.times.run_ns - step.times.call_ns - python["arrays"]
+    return Span(step, wall_ns, python)
 
 
 def _build(
     name: str,
-    wall_ns: int,
-    steps: Sequence[Sample],
+    spans: Sequence[Span],
     count: int,
     work: Mapping[str, PartWork],
     device: DeviceSpec,
 ) -> Profile:
     """Parts per `count`, in the order of the pass, then what is left over."""
     ops: Counter[str] = Counter()
-    for step in steps:
-        ops.update(step.ops)
-    run_ns = sum(step.times.run_ns for step in steps)
-    call_ns = sum(step.times.call_ns for step in steps)
+    python: Counter[str] = Counter()
+    for span in spans:
+        ops.update(span.sample.ops)
+        python.update(span.python)
+    wall_ns = sum(span.wall_ns for span in spans)
+    call_ns = sum(span.sample.times.call_ns for span in spans)
     scale = 1e-9 / count
     parts = [
         Part(op, op_ns * scale, _find_floor(op, ops, work, device)) for op, op_ns in ops.items()
     ]
-    parts += [
-        Part(CALL_REST, (call_ns - sum(ops.values())) * scale, None),
-        Part(STEP_REST, (run_ns - call_ns) * scale, None),
-        Part(LOOP_REST, (wall_ns - run_ns) * scale, None),
-    ]
-    return Profile(name, len(steps), wall_ns * scale, tuple(parts))
+    rests = (
+        call_ns - sum(ops.values()),
+        *(python[each] for each in PYTHON),
+        wall_ns - call_ns - sum(python.values()),
+    )
+    parts += [Part(rest, ns * scale, None) for rest, ns in zip(RESTS, rests, strict=True)]
+    return Profile(name, len(spans), wall_ns * scale, tuple(parts))
 
 
 def _find_floor(
@@ -263,9 +296,8 @@ def build_table(profile: Profile) -> Table:
         "over the floor, µs",
     ):
         table.add_column(heading, justify="right")
-    rests = (CALL_REST, STEP_REST, LOOP_REST)
-    ops = sorted((p for p in profile.parts if p.name not in rests), key=lambda p: -p.seconds)
-    for part in (*ops, *(p for p in profile.parts if p.name in rests)):
+    ops = sorted((p for p in profile.parts if p.name not in RESTS), key=lambda p: -p.seconds)
+    for part in (*ops, *(p for p in profile.parts if p.name in RESTS)):
         table.add_row(part.name, *_format_cells(part.seconds, part.floor, profile.wall_s))
     total = PartFloor("all", profile.floor_s, "")
     table.add_row("all", *_format_cells(profile.wall_s, total, profile.wall_s), style="bold")
