@@ -367,13 +367,15 @@ inline void write_normalised(const float* o, float l, int head_dim, float* y) {
 inline void attention(const AttentionArgs& args) {
   Unit unit(args);
   const size_t dim = unit.head_dim;
-  const F scale = F::set(args.scale * 1.44269504088896341f);
+  const bool rotated = args.kv->element == KvElement::int8;  // then keys are H k
+  const F scale = F::set(args.scale * 1.44269504088896341f / (rotated ? rotated_dims(dim) : 1));
   for (int v = 0; v < unit.vectors; ++v) {
     const float* source = args.q + v / args.group * args.stride + v % args.group * dim;
     for (size_t d = 0; d < dim; d += kLanes) {
       (F::load(source + d) * scale).store(unit.q + v * dim + d);
       F::set(0.0f).store(unit.total_o + v * dim + d);
     }
+    if (rotated) rotate(unit.q + v * dim, unit.head_dim);
     unit.total_m[v] = -std::numeric_limits<float>::infinity();
     unit.total_l[v] = 0.0f;
   }

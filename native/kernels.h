@@ -55,7 +55,7 @@ KvElement parse_kv_element(const std::string& name);
 //   f32, f16  K head 0 | K head 1 … | V head 0 | V head 1 …
 //   int8      K head 0 | its K scales [16] | its V scales [16] | K head 1 … | V head 0 | V head 1 …
 //
-// with float32 scales, one a token: value = scale * element.
+// with float32 scales, one a token: value = scale * element. int8 keys are rotated (rotate.h).
 struct KvPool {
   uint8_t* data;
   int num_layers, num_blocks, num_kv_heads, head_dim;
@@ -83,6 +83,8 @@ struct KvPool {
     return reinterpret_cast<const float*>(keys + value_bytes());
   }
 };
+
+constexpr int kMostInt8Dims = 1024;  // largest head_dim of an int8 pool
 
 constexpr int kSegmentKeys = 256;  // keys a softmax, at absolute positions
 constexpr int kQueryTile = 16;     // tokens of one row a unit handles

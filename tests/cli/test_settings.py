@@ -93,7 +93,6 @@ def test_every_setting_gives_its_reason() -> None:
     [
         ("backend", EngineSettings(model="m", backend="cuda")),
         ("kv", EngineSettings(model="m", kv="int4")),
-        ("kv", EngineSettings(model="m", kv="f16", backend="reference")),
         ("threads", EngineSettings(model="m", threads=0)),
         ("threads", EngineSettings(model="m", threads=True)),
         ("threads", EngineSettings(model="m", threads=10**9)),

@@ -18,20 +18,29 @@ from kernels_support import (
     make_native_kv,
     make_step,
     run_native,
+    store_kv,
 )
 from twostroke.kernels.ops import KVShape, StepArrays
 from twostroke.kernels.reference.ops import (
     ReferenceKV,
     attention,
     get_pool_extents,
-    round_to_int8,
+    get_rotated_dims,
+    rotate,
 )
 from twostroke.spec.kv import KvElement
 
 # Lengths that do not divide blocks (16), tiles (64) or segments (256), chunks at causal offsets,
 # decodes, and many key blocks.
 ROWS = [RowCase(0, 37), RowCase(300, 1), RowCase(129, 50), RowCase(700, 3), RowCase(0, 1)]
-HEADS = [(3, 3, 64), (1, 4, 256), (2, 1, 32), (1, 8, 128), (1, 6, 16)]  # kv heads, group, head_dim
+HEADS = [
+    (3, 3, 64),
+    (1, 4, 256),
+    (2, 1, 32),
+    (1, 8, 128),
+    (1, 6, 16),
+    (2, 2, 80),
+]  # kv heads, group, head_dim
 
 
 def make_case(
@@ -64,16 +73,21 @@ def run(
         lambda ops, slot: ops.attention(None, 0, slot, scale, window),
         isa=isa,
         threads=threads,
-        kv=(make_native_kv(kv, shape), shape),
+        kv=(make_native_kv(store_kv(kv, shape)), shape),
     )
 
 
-def get_stored(pool: np.ndarray, shape: KVShape) -> np.ndarray:
-    """The values that the pool's elements stand for."""
+def get_stored(kv: ReferenceKV, shape: KVShape) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and values that the elements of the pool, once stored, stand for, in float64."""
     if shape.element is not KvElement.INT8:
-        return pool
-    elements, scales = round_to_int8(pool.astype(np.float32))
-    return elements * scales.astype(np.float64)
+        return np.nan_to_num(kv.keys), np.nan_to_num(kv.values)
+    stored = store_kv(kv, shape)
+    assert stored.key_scales is not None
+    assert stored.value_scales is not None
+    keys = rotate(stored.keys * stored.key_scales.astype(np.float64))
+    return keys / get_rotated_dims(shape.head_dim), stored.values * stored.value_scales.astype(
+        np.float64
+    )
 
 
 def get_exact(
@@ -81,7 +95,7 @@ def get_exact(
 ) -> np.ndarray:
     """The same attention in float64."""
     step, kv, shape, q = case
-    keys, values = (get_stored(np.nan_to_num(pool), shape) for pool in (kv.keys, kv.values))
+    keys, values = get_stored(kv, shape)
     exact = np.empty(q.shape)
     for row in range(len(step.row_offsets) - 1):
         for token in range(step.row_offsets[row], step.row_offsets[row + 1]):
@@ -125,6 +139,18 @@ def test_int8_keys_and_values_cost_no_more_than_their_rounding(
 ) -> None:
     case = make_case(heads, ROWS, "int8")
     assert get_relative_error(run(case, window), get_exact(case, window)) <= 1e-5
+
+
+@pytest.mark.parametrize("element", ["f16", "int8"])
+@pytest.mark.parametrize("logit_scale", [1.0, 3000.0])
+def test_attention_errs_at_most_twice_as_much_as_the_reference(
+    logit_scale: float, element: str
+) -> None:
+    case = make_case((3, 3, 64), ROWS, element, logit_scale)
+    step, kv, shape, q = case
+    exact = get_exact(case, None)
+    plain = attention(store_kv(kv, shape), step, 0, (q, shape.head_dim**-0.5, None))
+    assert get_relative_error(run(case, None), exact) <= 2 * get_relative_error(plain, exact)
 
 
 def test_extreme_logits_stay_exact_and_finite() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,10 +97,8 @@ def test_write_kv_puts_every_value_where_attention_reads_it(element: str, isa: s
         k[0, 0], v[0, 1] = 1e6, -1e6  # beyond f16: clamped to its largest
     k[1, :32] = v[50, 32:64] = 0.0
     k[51, :32] = 1e-35
-    # As float32 the elements are not yet rounded: that is left to make_native_kv.
-    expected = reference.new_kv(replace(shape, element=KvElement.F32))
-    clipped = [np.clip(x, -65504, 65504) if element != "f32" else x for x in (k, v)]
-    reference.write_kv(expected, step, 1, (clipped[0], clipped[1]))
+    expected = reference.new_kv(shape)
+    reference.write_kv(expected, step, 1, (k, v))
     memory = np.zeros(shape.bytes, np.uint8)
 
     def write(ops: OpTable, key: Slot, value: Slot) -> Slot:
@@ -109,7 +106,7 @@ def test_write_kv_puts_every_value_where_attention_reads_it(element: str, isa: s
         return key
 
     run_native(step, [k, v], write, isa=isa, kv=(memory, shape))
-    np.testing.assert_array_equal(memory, make_native_kv(expected, shape))
+    np.testing.assert_array_equal(memory, make_native_kv(expected))
 
 
 def test_int8_values_are_within_half_a_step_of_their_values() -> None:
@@ -118,3 +115,14 @@ def test_int8_values_are_within_half_a_step_of_their_values() -> None:
     elements, scales = reference.round_to_int8(x)
     assert np.abs(elements).max(axis=1).min() == 127  # the largest value uses the whole range
     assert (np.abs(elements * scales.astype(np.float64) - x) <= scales * 0.50001).all()
+
+
+@pytest.mark.parametrize("dim", [8, 16, 48, 64, 256])
+def test_rotation_keeps_products_and_spreads_a_large_dimension(dim: int) -> None:
+    together = reference.get_rotated_dims(dim)
+    q, k = np.random.default_rng(7).standard_normal((2, 100, dim)).astype(np.float32)
+    k[:, 3] += 1000
+    turned = reference.rotate(k)
+    products = (reference.rotate(q) * turned).sum(axis=1) / together
+    np.testing.assert_allclose(products, (q * k).sum(axis=1), rtol=1e-5, atol=1e-2)
+    assert np.abs(turned[:, :together]).min() > 800  # each has its share of it

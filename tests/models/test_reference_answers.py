@@ -107,7 +107,9 @@ def test_cpu_backend_stays_close_to_the_reference_engines(
     agreed = [entry.top[0][0] == entry.token for one in scored for entry in one.ours]
     differences = get_differences(scored)
     perplexity = np.exp(-differences.mean())
-    print(f"\n{model[0]}, KV in {element.value}: most likely token equal at {np.mean(agreed):.1%} of {len(agreed)},")
+    print(
+        f"\n{model[0]}, KV in {element.value}: most likely token equal at {np.mean(agreed):.1%} of {len(agreed)},"
+    )
     print(f"mean difference {np.abs(differences).mean():.4f}, perplexity × {perplexity:.4f}")
     assert np.mean(agreed) >= 0.97, np.mean(agreed)
     assert np.abs(differences).mean() <= 0.03, np.abs(differences).mean()

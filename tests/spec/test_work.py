@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twostroke.spec.kv import KvElement
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 from twostroke.spec.quant import Format
 from twostroke.spec.work import (
@@ -146,7 +146,9 @@ def test_quantised_products_are_int8_and_weigh_what_is_stored() -> None:
 
 
 def test_kv_bytes_follow_the_element() -> None:
-    bytes_read = {element: get_step_work(SMALL, DECODE, element).kv_bytes_read for element in KvElement}
+    bytes_read = {
+        element: get_step_work(SMALL, DECODE, element).kv_bytes_read for element in KvElement
+    }
     half = bytes_read[KvElement.F16]
     assert bytes_read[KvElement.F32] == 2 * half
     # A byte a value, and a scale of four bytes for all values of a head.

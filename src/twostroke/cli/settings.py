@@ -158,12 +158,11 @@ def _pick_element(wanted: EngineSettings) -> tuple[KvElement, str]:
     default = KV_ELEMENTS[wanted.backend]
     if wanted.kv is None:
         return default, "default"
-    known = tuple(KvElement) if wanted.backend == "cpu" else (default,)
-    for element in known:
+    for element in KvElement:
         if element.value == wanted.kv:
             return element, "as asked"
-    names = " or ".join(element.value for element in known)
-    raise InvalidParameter("kv", f"of backend {wanted.backend} must be {names}, not {wanted.kv!r}")
+    names = ", ".join(element.value for element in KvElement)
+    raise InvalidParameter("kv", f"must be one of {names}, not {wanted.kv!r}")
 
 
 def _pick(name: str, wanted: int | None, default: int, most: int) -> tuple[int, str]:

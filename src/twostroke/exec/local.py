@@ -34,10 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunnerSizes:
-    """What a runner is made for: threads, the KV pool and the largest step.
-
-    The reference runner keeps f32 whatever `kv_element` says.
-    """
+    """What a runner is made for: threads, the KV pool and the largest step."""
 
     threads: int
     num_blocks: int
