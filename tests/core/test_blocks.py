@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from twostroke.core.blocks import BlockAllocator, BlockTable
+from twostroke.kv.blocks import BlockAllocator, BlockTable
 
 
 def test_every_block_can_be_taken_once() -> None:

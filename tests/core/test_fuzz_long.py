@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 
 from scheduler_fuzz import run_random
-from twostroke.core.blocks import BlockAllocator, BlockTable
+from twostroke.kv.blocks import BlockAllocator, BlockTable
 
 NUM_RUNS = 2500
 NUM_OPERATIONS = 1_000_000

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twostroke.kv.moves import BlockCopy as BlockCopy
+from twostroke.kv.moves import BlockId as BlockId
+from twostroke.kv.moves import BlockSwap as BlockSwap
+
 Token = int
-BlockId = int
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,7 +66,10 @@ class Request:
     stop_tokens end a sequence (the stop token itself is emitted last, flagged by the finish
     reason); they are not obeyed before `min_new_tokens`. `n` continuations share the prompt's
     blocks. `prompt_logprobs`: None, else report each prompt token's log-probability with that many
-    alternatives. `priority`: smaller runs first; equal priorities run in order of arrival.
+    alternatives. `priority`: smaller is more urgent. `tenant`: who shares are counted for.
+    `cache_scope`: adapter and tenant salt; a prefix is reused within one scope only. `ttft_ns`,
+    `itl_ns`: targets for the first token and between tokens; 0 means none. `expected_tokens`: the
+    output's length as the caller predicts it; 0 means unknown.
     """
 
     id: str
@@ -75,6 +81,11 @@ class Request:
     min_new_tokens: int = 0
     prompt_logprobs: int | None = None
     priority: int = 0
+    tenant: str = ""
+    cache_scope: str = ""
+    ttft_ns: int = 0
+    itl_ns: int = 0
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +113,21 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """Copy one block's KV over all layers before the step computes."""
-
-    source: BlockId
-    target: BlockId
-
-
-@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Everything an executor needs for one step; rows in the order results must come back."""
+    """Everything an executor needs for one step; rows in the order results must come back.
+
+    Before the rows compute, KV moves out to host memory, then in from it, then within the pool.
+    `iterations` above 1 asks for so many steps in one go when every row holds one token: each goes
+    on from the tokens the one before drew, in `blocks` that have room for all. An executor may
+    make fewer.
+    """
 
     step: int
     rows: tuple[Row, ...]
     copies: tuple[BlockCopy, ...] = ()
+    swaps_out: tuple[BlockSwap, ...] = ()
+    swaps_in: tuple[BlockSwap, ...] = ()
+    iterations: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -136,7 +148,8 @@ class TokenLogprob:
 class RowResult:
     """A row's answer: drawn tokens (accepted drafts first), and what was asked beside them.
 
-    tokens: empty when the row had no sampling. logprobs: one per token when asked, else empty.
+    tokens: empty when the row had no sampling, else one more than accepted drafts, or one of each
+    iteration made. logprobs: one per token when asked, else empty.
     scored: one per entry of Row.scored.
     """
 
@@ -149,19 +162,27 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The answer to a StepPlan: one result per row, in order, and the measured time."""
+    """The answer to a StepPlan: one result per row, in order, and the measured time.
+
+    iteration_ns: when there were several iterations, the time of each that was made.
+    """
 
     step: int
     results: tuple[RowResult, ...]
     duration_ns: int
+    iteration_ns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing can be planned now. `waiting` requests are queued, `in_flight` steps are running."""
+    """Nothing can be planned now. `waiting` requests are queued, `in_flight` steps are running.
+
+    wake_ns: when to ask again although nothing has happened; 0 when there is no such time.
+    """
 
     waiting: int
     in_flight: int
+    wake_ns: int = 0
 
 
 # ---- how requests end, and what the scheduler says about them -----------------------------------
@@ -226,9 +247,10 @@ class SequenceEnded:
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """A running sequence lost its blocks and will be recomputed from its tokens."""
+    """A running sequence lost its blocks; it waits to be recomputed, or moved in from the host."""
 
     sequence: SequenceId
+    swapped: bool = False
 
 
 Update = TokensEmitted | SequenceEnded | Preempted
@@ -238,9 +260,12 @@ Update = TokensEmitted | SequenceEnded | Preempted
 class SchedulerConfig:
     """Sizes the scheduler works within.
 
-    num_blocks: KV blocks in the pool; block_tokens: tokens a block holds; step_tokens: token
-    budget of one step; max_rows: most rows in one step; context_tokens: the model's limit;
-    vocab_size: token ids must be below it.
+    num_blocks: KV blocks in the pool; block_tokens: tokens a block holds; step_tokens: most tokens
+    in one step; max_rows: most rows in one step; context_tokens: the model's limit; vocab_size:
+    token ids must be below it. host_blocks: room in host memory for blocks of preempted sequences.
+    watermark_blocks: free blocks that newcomers leave to the sequences that run. reserve_tokens:
+    room that every sequence takes when it is admitted, whatever it needs; 0 pages on demand.
+    cache_seed: names the model in prefix hashes; an empty one turns the prefix cache off.
     """
 
     num_blocks: int
@@ -249,3 +274,7 @@ class SchedulerConfig:
     max_rows: int
     context_tokens: int
     vocab_size: int
+    host_blocks: int = 0
+    watermark_blocks: int = 0
+    reserve_tokens: int = 0
+    cache_seed: str = ""

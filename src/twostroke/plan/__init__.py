@@ -1,0 +1,1 @@
+"""Predicted times and sizes: what a step, a model on a device, and a deployment would take."""
