@@ -43,10 +43,6 @@ struct Unit {
   }
 };
 
-constexpr size_t get_bytes(KvElement element) {
-  return element == KvElement::f32 ? 4 : element == KvElement::f16 ? 2 : 1;
-}
-
 template <KvElement E>
 inline F load_kv(const uint8_t* base, size_t index) {
   if constexpr (E == KvElement::int8) return F::load_i8(base + index);
@@ -139,7 +135,7 @@ inline void score_blocks(const Unit& unit, const Segment& segment, int vector, i
   }
   for (int part = 0, d = 0; part < COLUMNS; ++part) {
     const uint8_t* ahead = segment.stream[block + part + kAheadBlocks];
-    if (E == KvElement::int8) prefetch<128>(ahead + unit.args.kv->value_bytes());  // its scales
+    if (E == KvElement::int8) prefetch<128>(ahead + unit.args.kv->value_bytes);  // its scales
     for (const int stop = d + dim / COLUMNS; d < stop; ++d, ahead += BYTES) {
       prefetch<BYTES>(ahead);
       F column[COLUMNS];

@@ -45,6 +45,10 @@ struct GatedLinearArgs {
 
 enum class KvElement { f32, f16, int8 };
 
+constexpr size_t get_bytes(KvElement element) {
+  return element == KvElement::f32 ? 4 : element == KvElement::f16 ? 2 : 1;
+}
+
 // The element of this name, as in spec/kv.py. Throws std::invalid_argument naming what there is.
 KvElement parse_kv_element(const std::string& name);
 
@@ -60,27 +64,32 @@ struct KvPool {
   uint8_t* data;
   int num_layers, num_blocks, num_kv_heads, head_dim;
   KvElement element;
+  size_t value_bytes, key_bytes, layer_bytes;  // of a head's values and keys, of a block's layer
 
-  size_t element_bytes() const {
-    return element == KvElement::f32 ? 4 : element == KvElement::f16 ? 2 : 1;
-  }
-  size_t value_bytes() const { return static_cast<size_t>(head_dim) * kLanes * element_bytes(); }
-  size_t key_bytes() const {
-    return value_bytes() + (element == KvElement::int8 ? 2 * kLanes * sizeof(float) : 0);
-  }
-  size_t layer_bytes() const { return num_kv_heads * (key_bytes() + value_bytes()); }
-  size_t bytes() const { return layer_bytes() * num_layers * num_blocks; }
+  KvPool(uint8_t* data, int num_layers, int num_blocks, int num_kv_heads, int head_dim,
+         KvElement element)
+      : data(data),
+        num_layers(num_layers),
+        num_blocks(num_blocks),
+        num_kv_heads(num_kv_heads),
+        head_dim(head_dim),
+        element(element),
+        value_bytes(static_cast<size_t>(head_dim) * kLanes * get_bytes(element)),
+        key_bytes(value_bytes + (element == KvElement::int8 ? 2 * kLanes * sizeof(float) : 0)),
+        layer_bytes(num_kv_heads * (key_bytes + value_bytes)) {}
+
+  size_t bytes() const { return layer_bytes * num_layers * num_blocks; }
   uint8_t* block(int layer, int block) const {
-    return data + (static_cast<size_t>(block) * num_layers + layer) * layer_bytes();
+    return data + (static_cast<size_t>(block) * num_layers + layer) * layer_bytes;
   }
-  uint8_t* keys(int layer, int b, int head) const { return block(layer, b) + head * key_bytes(); }
+  uint8_t* keys(int layer, int b, int head) const { return block(layer, b) + head * key_bytes; }
   uint8_t* values(int layer, int b, int head) const {
-    return block(layer, b) + num_kv_heads * key_bytes() + head * value_bytes();
+    return block(layer, b) + num_kv_heads * key_bytes + head * value_bytes;
   }
   // The scales of sixteen keys, then of the sixteen values, given where a head's keys lie.
-  float* scales(uint8_t* keys) const { return reinterpret_cast<float*>(keys + value_bytes()); }
+  float* scales(uint8_t* keys) const { return reinterpret_cast<float*>(keys + value_bytes); }
   const float* scales(const uint8_t* keys) const {
-    return reinterpret_cast<const float*>(keys + value_bytes());
+    return reinterpret_cast<const float*>(keys + value_bytes);
   }
 };
 

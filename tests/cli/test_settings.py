@@ -14,6 +14,7 @@ from twostroke.cli.settings import (
     resolve_settings,
 )
 from twostroke.errors import InvalidParameter
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 
 MACHINE = Machine(6, "cores", 2**34, "memory")
@@ -75,6 +76,23 @@ def test_int8_keys_and_values_take_little_more_than_half_the_memory() -> None:
     small = resolve_settings(EngineSettings(model="m", kv="int8"), make_spec(), MACHINE)
     assert small.num_blocks == half.num_blocks
     assert small.kv_bytes * 2 * make_spec().head_dim == half.kv_bytes * (make_spec().head_dim + 4)
+
+
+def test_int8_says_at_start_what_it_costs() -> None:
+    resolved = resolve_settings(EngineSettings(model="m", kv="int8"), make_spec(), MACHINE)
+    (choice,) = (each for each in resolved.choices if each.name == "KV element")
+    assert "mean log-probability error" in choice.reason
+    assert f"{(make_spec().head_dim + 4) / make_spec().head_dim / 2:.0%} of f16" in choice.reason
+
+
+@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_backend_keeps_every_kv_element(backend: str, element: KvElement) -> None:
+    wanted = EngineSettings(model="m", backend=backend, kv=element.value)
+    resolved = resolve_settings(wanted, make_spec(), MACHINE)
+    assert resolved.kv_element is element
+    tokens = resolved.num_blocks * resolved.block_tokens
+    assert resolved.kv_bytes == tokens * make_spec().get_kv_bytes_per_token(element)
 
 
 def test_rows_never_outnumber_the_step_budget() -> None:

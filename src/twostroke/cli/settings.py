@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from twostroke.cli.kv_accuracy import describe_int8
 from twostroke.cli.machine import Machine
 from twostroke.errors import InvalidParameter
 from twostroke.spec.kv import KvElement
@@ -88,7 +89,7 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
     budget, budget_reason = _pick("step_tokens", wanted.step_tokens, STEP_TOKENS, 2**20)
     # More rows than tokens in a step would let some decodes wait for others.
     rows, rows_reason = _pick("max_rows", wanted.max_rows, min(MAX_ROWS, budget), budget)
-    element, element_reason = _pick_element(wanted)
+    element, element_reason = _pick_element(wanted, spec)
     block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(element)
     blocks, pool_reason = _size_pool(wanted, spec, machine, rows, block_bytes)
     pool = f"{format_bytes(blocks * block_bytes)} = {blocks * BLOCK_TOKENS:,} tokens"
@@ -153,14 +154,15 @@ def _size_pool(
     return max(1, share // block_bytes), f"{left} of {machine.memory_reason}"
 
 
-def _pick_element(wanted: EngineSettings) -> tuple[KvElement, str]:
+def _pick_element(wanted: EngineSettings, spec: ModelSpec) -> tuple[KvElement, str]:
     """How keys and values are stored and why."""
     default = KV_ELEMENTS[wanted.backend]
     if wanted.kv is None:
         return default, "default"
     for element in KvElement:
         if element.value == wanted.kv:
-            return element, "as asked"
+            cost = f": {describe_int8(spec)}" if element is KvElement.INT8 else ""
+            return element, f"as asked{cost}"
     names = ", ".join(element.value for element in KvElement)
     raise InvalidParameter("kv", f"must be one of {names}, not {wanted.kv!r}")
 
