@@ -28,7 +28,7 @@ def describe_int8(spec: ModelSpec) -> str:
         spec.get_kv_bytes_per_token(element) for element in (KvElement.F16, KvElement.INT8)
     )
     costs = ", ".join(
-        f"{errors[KvElement.INT8]} against f16's {errors[KvElement.F16]} on {model}"
+        f"{errors[KvElement.INT8]} (f16: {errors[KvElement.F16]}) on {model}"
         for model, errors in MEASURED_ERRORS.items()
     )
-    return f"{small / half:.0%} of f16's memory; mean log-probability error measured {costs}"
+    return f"{small / half:.0%} of f16's memory; mean log-probability error {costs}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypedDict
 
 from twostroke.cli.kv_accuracy import describe_int8
 from twostroke.cli.machine import Machine
@@ -48,6 +49,17 @@ class EngineSettings:
     step_tokens: int | None = None
     max_rows: int | None = None
     has_chat: bool = True
+
+
+class LLMOptions(TypedDict, total=False):
+    """What `LLM` takes beside the model: fields of EngineSettings."""
+
+    backend: str
+    threads: int | None
+    kv: str | None
+    kv_memory: int | str | None
+    step_tokens: int | None
+    max_rows: int | None
 
 
 @dataclass(frozen=True, slots=True)
