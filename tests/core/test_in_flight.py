@@ -118,7 +118,7 @@ def test_a_malformed_answer_is_refused_and_changes_nothing(fault: str) -> None:
     spoil, message = MALFORMED[fault]
     with pytest.raises(ExecutorLost, match=message):
         driver.scheduler.commit(spoil(good), 0)
-    assert driver.scheduler.num_in_flight == 1
+    assert len(driver.scheduler._flights) == 1
     driver.drain()  # the good answer is taken
 
 
@@ -155,7 +155,7 @@ def test_losing_a_step_loses_every_later_one() -> None:
     plan(driver)
     plan(driver)
     driver.lose(0, [0, 0])
-    assert driver.scheduler.num_in_flight == 0
+    assert len(driver.scheduler._flights) == 0
     assert driver.scheduler.lose(1, "lost with the first", 0) == ()
     assert plan(driver).rows[0].start == 0
     driver.drain()
@@ -250,7 +250,7 @@ def _draft(scheduler: Scheduler, drafts: tuple[int, ...]) -> StepPlan:
     place = flight.placements[0]
     sequence, row = place.sequence, place.row
     end = row.start + len(row.tokens) + len(drafts)
-    grown = scheduler._roster.get_num_blocks(end) - len(sequence.table)
+    grown = scheduler._roster.memory.get_num_blocks(end) - len(sequence.table)
     sequence.table.grow(grown)
     sequence.planned += len(drafts)
     place.grown += grown
