@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -99,9 +100,9 @@ MALFORMED: dict[str, tuple[Callable[[StepOutcome], StepOutcome], str]] = {
     ),
     "no token": (_change_first(tokens=()), "0 tokens"),
     "two tokens": (_change_first(tokens=(1, 2)), "2 tokens"),
-    "a token beyond the vocabulary": (_change_first(tokens=(1000,)), "token 1000"),
-    "a negative token": (_change_first(tokens=(-1,)), "token -1"),
-    "a token of another type": (_change_first(tokens=(1.0,)), "token 1.0"),
+    "a token beyond the vocabulary": (_change_first(tokens=(1000,)), "(1000,) are"),
+    "a negative token": (_change_first(tokens=(-1,)), "(-1,) are"),
+    "a token of another type": (_change_first(tokens=(1.0,)), "(1.0,) are"),
     "drafts that were not made": (_change_first(tokens=(1, 2), accepted_drafts=1), "1 drafts"),
     "no logprobs": (_change_first(logprobs=()), "0 logprobs for 1 tokens"),
     "a score not asked for": (_change_first(scored=(LOGPROB,)), "1 scored tokens"),
@@ -116,7 +117,7 @@ def test_a_malformed_answer_is_refused_and_changes_nothing(fault: str) -> None:
     plan(driver)
     good = driver.executor.run(driver.flights[0])
     spoil, message = MALFORMED[fault]
-    with pytest.raises(ExecutorLost, match=message):
+    with pytest.raises(ExecutorLost, match=re.escape(message)):
         driver.scheduler.commit(spoil(good), 0)
     assert len(driver.scheduler._flights) == 1
     driver.drain()  # the good answer is taken
