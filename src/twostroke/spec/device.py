@@ -37,3 +37,20 @@ class DeviceSpec:
                 return rate
         known = ", ".join(name for name, _ in self.rates)
         raise ValueError(f"{self.name} has no rate for {arithmetic} arithmetic, only for: {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInfo:
+    """What an executor offers: its device, backend and KV pool.
+
+    kv_bytes is the whole pool's size; max_step_tokens the most tokens one step may hold.
+    """
+
+    device: str
+    backend: str
+    threads: int
+    num_blocks: int
+    block_tokens: int
+    kv_bytes: int
+    weight_bytes: int
+    max_step_tokens: int
