@@ -227,8 +227,8 @@ def test_swaps_follow_the_predicted_times() -> None:
         for id in ("a", "b", "c"):
             driver.submit(make_request(id, 30, 60))
         driver.drain()
-        assert driver.scheduler.num_preemptions > 0
-        assert (driver.scheduler.num_swaps > 0) == swaps
+        assert driver.scheduler.memory.num_preemptions > 0
+        assert (driver.scheduler.memory.num_swaps > 0) == swaps
 
 
 @pytest.mark.parametrize("order", ORDERS)
