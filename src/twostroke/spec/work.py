@@ -20,6 +20,7 @@ from operator import add
 from typing import NamedTuple
 
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec, TensorSpec
 
 # Parts of a step, in forward order, and the tensors whose bytes and products belong to each.
@@ -241,8 +242,8 @@ class ModelWork:
         return StepWork(parts, kv_read, kv_written)
 
 
-def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
-    """Costs of `spec`; kv_element_bytes is the size of one stored K or V value."""
+def get_model_work(spec: ModelSpec, kv_element: KvElement = KvElement.F16) -> ModelWork:
+    """Costs of `spec` with its keys and values stored as `kv_element`."""
     matrix_ops: Counter[tuple[str, str]] = Counter()
     weight_bytes: Counter[str] = Counter()
     embed_row_bytes = 0
@@ -269,12 +270,12 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
         num_layers=spec.num_layers,
         # q·k and p·v: a multiply-add a value of the head each (Vaswani et al. 2017, eq. 1).
         pair_ops=4 * spec.num_heads * spec.head_dim,
-        kv_layer_bytes=2 * spec.num_kv_heads * spec.head_dim * kv_element_bytes,
+        kv_layer_bytes=2 * spec.num_kv_heads * kv_element.get_head_bytes(spec.head_dim),
     )
 
 
 def get_op_work(
-    spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2
+    spec: ModelSpec, shape: StepShape, kv_element: KvElement = KvElement.F16
 ) -> dict[str, PartWork]:
     """A step's work op by op: each product under its weight's name over all layers ("q", "down",
     "head"), then "attention", "rms_norm", "rope", "add" and "gated".
@@ -299,16 +300,18 @@ def get_op_work(
         name: PartWork(name, tuple(sorted(counts.items())), read[name])
         for name, counts in ops.items()
     }
-    attention = get_step_work(spec, shape, kv_element_bytes).get_part("attention")
+    attention = get_step_work(spec, shape, kv_element).get_part("attention")
     found["attention"] = attention
     for name, per_token in _get_elementwise_ops(spec).items():
         found[name] = PartWork(name, (("fp32", per_token * tokens),))
     return found
 
 
-def get_step_work(spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2) -> StepWork:
+def get_step_work(
+    spec: ModelSpec, shape: StepShape, kv_element: KvElement = KvElement.F16
+) -> StepWork:
     """Work of one step of `spec`. Who counts many steps keeps `get_model_work`'s value instead."""
-    return get_model_work(spec, kv_element_bytes).get_step_work(shape)
+    return get_model_work(spec, kv_element).get_step_work(shape)
 
 
 def get_floor_seconds(work: StepWork, device: DeviceSpec) -> Floor:
