@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from step_costs import LinearStepCost
 from twostroke.core.policy import Policies
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import Row, SchedulerConfig, Token
-from twostroke.exec.simulated import draw_zero
+from twostroke.policies.names import PolicyChoice, build_policies
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
 from twostroke.sim.faults import Fault
@@ -18,6 +18,7 @@ from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import make_router
 
 VOCAB_SIZE = 97
+BLOCK_BYTES = 32
 
 
 def draw_by_last(row: Row, last: Token, position: int) -> Token:
@@ -43,7 +44,7 @@ def make_replica_spec(
         threads=1,
         num_blocks=num_blocks,
         block_tokens=block_tokens,
-        kv_bytes=num_blocks * block_tokens * 8,
+        kv_bytes=num_blocks * BLOCK_BYTES,
         weight_bytes=0,
         max_step_tokens=16,
     )
@@ -59,7 +60,14 @@ class Scene:
     replicas: int = 1
     router: str = "round-robin"
     faults: tuple[Fault, ...] = ()
-    make_policies: Callable[[], Policies] = field(default=Policies)
+    choice: PolicyChoice = field(default_factory=PolicyChoice)
+
+    def make_policies(self) -> Policies:
+        """New policies of the kinds chosen."""
+        config, cost = self.spec.scheduler, self.spec.cost
+        return build_policies(
+            self.choice, step_tokens=config.step_tokens, block_bytes=BLOCK_BYTES, cost=cost
+        )
 
     def run(self, max_iterations: int, **changes: object) -> Cluster:
         """Run it with strides of at most so many steps; returns the cluster as it was left."""
@@ -96,14 +104,3 @@ def get_column(records: Records, name: str) -> Sequence[int]:
     """One column of the requests."""
     values: list[int] = records.get_columns()[name].tolist()
     return values
-
-
-__all__ = [
-    "Scene",
-    "draw_by_last",
-    "draw_zero",
-    "get_column",
-    "make_replica_spec",
-    "run_one",
-    "show",
-]

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 
 from simulations import Scene, draw_by_last, make_replica_spec, show
-from twostroke.core.policy import Policies
-from twostroke.core.types import Request
 from twostroke.exec.simulated import Draw, draw_zero
+from twostroke.policies.names import ORDERS, PACES, PolicyChoice
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.faults import (
     ClockJumps,
@@ -28,23 +27,6 @@ from twostroke.sim.faults import (
 from twostroke.sim.routers import ROUTERS
 
 END_NS = 400_000
-
-
-class ShortestLeft:
-    """An order whose ranks change: fewest tokens left to draw first."""
-
-    changes = True
-
-    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> tuple[int, ...]:
-        return (request.max_new_tokens - new_tokens,)
-
-    def end(self, request: Request, new_tokens: int) -> None:
-        """Nothing to note."""
-
-
-def make_shortest_left() -> Policies:
-    """Policies whose order changes at every step."""
-    return Policies(order=ShortestLeft())
 
 
 @st.composite
@@ -60,7 +42,10 @@ def draw_arrivals(draw: st.DrawFn) -> tuple[Arrival, ...]:
                 new_tokens=draw(st.integers(1, 60)),
                 prefix=tuple(draw(st.lists(st.integers(0, 2), max_size=3))),
                 prefix_tokens=8,
+                tenant=draw(st.sampled_from(["a", "b"])),
                 priority=draw(st.integers(0, 1)),
+                ttft_ns=draw(st.sampled_from([0, 5_000])),
+                itl_ns=draw(st.sampled_from([0, 0, 1_500])),
                 cancel_after_ns=draw(st.sampled_from([0, 0, 0, 1, 1_100, 9_001, 30_000])),
             )
         )
@@ -91,12 +76,30 @@ def draw_faults(draw: st.DrawFn, replicas: int) -> tuple[Fault, ...]:
 
 
 @st.composite
+def draw_choices(draw: st.DrawFn) -> PolicyChoice:
+    """Any order with any pace, at times on the scale of a step."""
+    pace = draw(st.sampled_from(PACES))
+    return PolicyChoice(
+        order=draw(st.sampled_from(ORDERS)),
+        pace=pace,
+        age_ns=draw(st.sampled_from([1, 4_000])),
+        horizon_ns=50_000,
+        fixed_tokens=draw(st.sampled_from([0, 6])),
+        chunk_tokens=6,
+        itl_ns=draw(st.sampled_from([1_400, 2_500])) if pace == "target" else 0,
+        batch_size=3,
+        batch_timeout_ns=draw(st.sampled_from([0, 7_000, 25_000])),
+        drafts=draw(st.sampled_from([False, False, True])),
+    )
+
+
+@st.composite
 def draw_scenes(draw: st.DrawFn) -> Scene:
     """A cluster of up to three replicas, often short of blocks, and all that happens to it."""
     replicas = draw(st.sampled_from([1, 1, 2, 3]))
     spec = make_replica_spec(
         num_blocks=draw(st.sampled_from([12, 20, 32, 64])),
-        step_tokens=draw(st.sampled_from([8, 16, 64])),
+        step_tokens=draw(st.sampled_from([16, 64])),
         max_rows=draw(st.sampled_from([2, 4, 8])),
         host_blocks=draw(st.sampled_from([0, 0, 10])),
         watermark_blocks=draw(st.sampled_from([0, 2])),
@@ -112,7 +115,7 @@ def draw_scenes(draw: st.DrawFn) -> Scene:
         replicas,
         draw(st.sampled_from(ROUTERS)),
         draw(draw_faults(replicas)),
-        draw(st.sampled_from([Policies, make_shortest_left])),
+        draw(draw_choices()),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -339,8 +339,3 @@ class Replica:
             self._on_due()
         elif next_ns is not None and self._armed_ns == NEVER_NS:
             self._arm(next_ns)
-
-
-def turn_strides_off(spec: ReplicaSpec) -> ReplicaSpec:
-    """The same replicas, stepping one by one."""
-    return replace(spec, max_iterations=1)
