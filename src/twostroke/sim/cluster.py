@@ -8,6 +8,7 @@ their time has come, and nothing of them is kept but records.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ from twostroke.sim.replica import Replica, ReplicaSpec
 from twostroke.sim.routers import Router
 from twostroke.spec.cost import StepCost
 
+_COLLECT_AFTER = 100_000  # objects
 _REJECTED = FATES.index("rejected")
 
 
@@ -69,6 +71,17 @@ class Cluster:
         Requests that nothing can end any more stay "live". Raises InvalidParameter for an arrival
         before the one that came before it.
         """
+        thresholds = gc.get_threshold()
+        # What a simulation makes refers to itself hardly ever: looking for what does took a fifth
+        # of the time with a thousand replicas.
+        gc.set_threshold(_COLLECT_AFTER, *thresholds[1:])
+        try:
+            self._run(arrivals)
+        finally:
+            gc.set_threshold(*thresholds)
+        return self.records
+
+    def _run(self, arrivals: Iterable[Arrival]) -> None:
         clock, events, due = self.clock, self._events, self._due
         pulled = _check_order(arrivals)
         index, arrival = 0, next(pulled, None)
@@ -83,7 +96,7 @@ class Cluster:
                 clock.run_next()
                 self._pump_due()
             elif outside_ns == NEVER_NS:
-                return self.records
+                return
             else:
                 clock.move_to(outside_ns)
                 if event_ns <= arrival_ns:
