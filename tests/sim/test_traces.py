@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from places import SHARED
 from twostroke.errors import InvalidParameter
-from twostroke.sim.traces import AZURE_COLUMNS, Recorded, read_trace, summarise_trace
+from twostroke.sim.traces import AZURE_COLUMNS, Drawn, read_trace, summarise_trace
 
 HEADER = ",".join(AZURE_COLUMNS)
 ROW = "2023-11-16 18:15:46.6805900,374,44"
@@ -58,9 +58,9 @@ def test_times_are_counted_from_the_first_request(tmp_path: Path) -> None:
     )
     later = 500_000_100
     assert list(read_trace(path)) == [
-        Recorded(0, 1, 2),
-        Recorded(later, 3, 4),
-        Recorded(later, 3, 4),
+        Drawn(0, 1, 2),
+        Drawn(later, 3, 4),
+        Drawn(later, 3, 4),
     ]
 
 
@@ -71,9 +71,9 @@ def test_line_ends_of_either_kind_and_one_at_the_end_are_fine(tmp_path: Path) ->
 
 
 def test_prefix_ids_are_read(tmp_path: Path) -> None:
-    assert list(read_trace(write(tmp_path, OBJECT))) == [Recorded(0, 600, 3, (0, 7))]
+    assert list(read_trace(write(tmp_path, OBJECT))) == [Drawn(0, 600, 3, (0, 7), 512)]
     bare = '{"timestamp": 5, "input_length": 600, "output_length": 3}'
-    assert list(read_trace(write(tmp_path, bare))) == [Recorded(0, 600, 3)]
+    assert list(read_trace(write(tmp_path, bare))) == [Drawn(0, 600, 3)]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from twostroke.errors import InvalidParameter
+from twostroke.sim.lengths import MAX_LENGTH
 
 PREFIX_BLOCK_TOKENS = 512
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -24,7 +25,6 @@ MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 # Far above any real line or length; what is larger is no trace and would only take memory.
 _MAX_LINE_BYTES = 2**20
-_MAX_LENGTH = 10_000_000
 _MAX_TIME_NS = 10**18
 _SHOWN = 60
 
@@ -35,19 +35,20 @@ _TIME = re.compile(
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
-class Recorded(NamedTuple):
-    """One recorded request.
+class Drawn(NamedTuple):
+    """One request as recorded, or drawn from a distribution: when it comes and how long it is.
 
-    at_ns: since the first of the trace. prefix: one id for each block of PREFIX_BLOCK_TOKENS prompt
-    tokens, the last one possibly shorter; an equal id at an equal place, after equal ones, is equal
-    text. Empty where the trace says nothing of it. A tuple and not a dataclass because a trace
-    makes tens of thousands.
+    at_ns: since the start. prefix: one id for each prefix_tokens of the prompt, the last possibly
+    cut short; an equal id at an equal place, after equal ones, is equal text. Empty where nothing
+    is known to be shared. A tuple and not a dataclass because millions are made.
     """
 
     at_ns: int
     prompt_tokens: int
     new_tokens: int
     prefix: tuple[int, ...] = ()
+    prefix_tokens: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class TraceSummary:
         return (self.requests - 1) * 1e9 / self.duration_ns if self.duration_ns else 0.0
 
 
-def read_trace(path: Path) -> Iterator[Recorded]:
+def read_trace(path: Path) -> Iterator[Drawn]:
     """The requests of a trace, in order, one line at a time.
 
     The format is told by the first line. Raises InvalidParameter, naming the line, when the
@@ -104,13 +105,13 @@ class _Refused(Exception):
     """What was expected of a line and what it holds."""
 
 
-def _read_lines(path: Path, file: BinaryIO) -> Iterator[Recorded]:
+def _read_lines(path: Path, file: BinaryIO) -> Iterator[Drawn]:
     """Requests of an open file. Raises InvalidParameter."""
     lines = _number_lines(path, file)
     number, line = next(lines, (1, ""))
     if not line:
         raise InvalidParameter("trace", f"{path} is empty: expected {_describe_formats()}")
-    parse: Callable[[str], Recorded]
+    parse: Callable[[str], Drawn]
     if line.lstrip().startswith("{"):
         parse, rest = _parse_mooncake, _put_back((number, line), lines)
     elif tuple(line.removeprefix("\ufeff").strip().split(",")) == AZURE_COLUMNS:
@@ -170,14 +171,14 @@ class _AzureParser:
     def __init__(self) -> None:
         self._day, self._day_ns = "", 0
 
-    def __call__(self, line: str) -> Recorded:
+    def __call__(self, line: str) -> Drawn:
         cells = line.rstrip("\r\n").split(",")
         if len(cells) != len(AZURE_COLUMNS):
             raise _Refused(
                 f"expected {len(AZURE_COLUMNS)} columns ({', '.join(AZURE_COLUMNS)}), "
                 f"not {len(cells)}: {_show(line)}"
             )
-        return Recorded(
+        return Drawn(
             self._read_time(cells[0]),
             _check_length(AZURE_COLUMNS[1], _read_whole(AZURE_COLUMNS[1], cells[1])),
             _check_length(AZURE_COLUMNS[2], _read_whole(AZURE_COLUMNS[2], cells[2])),
@@ -200,7 +201,7 @@ class _AzureParser:
         return self._day_ns + whole * 10**9 + int(fraction.ljust(9, "0"))
 
 
-def _parse_mooncake(line: str) -> Recorded:
+def _parse_mooncake(line: str) -> Drawn:
     """An object with MOONCAKE_KEYS; without hash_ids nothing is known to be shared."""
     try:
         fields = json.loads(line)
@@ -216,12 +217,9 @@ def _parse_mooncake(line: str) -> Recorded:
     time_ms, prompt, new = (fields[key] for key in MOONCAKE_KEYS[:3])
     if not _is_whole(time_ms) or not 0 <= time_ms * 10**6 <= _MAX_TIME_NS:
         raise _Refused(f"expected timestamp in whole milliseconds from 0, not {_show(time_ms)}")
-    return Recorded(
-        time_ms * 10**6,
-        _check_length("input_length", prompt),
-        _check_length("output_length", new),
-        _check_prefix(fields.get("hash_ids"), prompt),
-    )
+    prompt, new = _check_length("input_length", prompt), _check_length("output_length", new)
+    prefix = _check_prefix(fields.get("hash_ids"), prompt)
+    return Drawn(time_ms * 10**6, prompt, new, prefix, PREFIX_BLOCK_TOKENS if prefix else 0)
 
 
 def _explain(error: ValueError | RecursionError) -> str:
@@ -253,8 +251,8 @@ def _read_whole(name: str, text: str) -> int:
 def _check_length(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _Refused(f"expected {name} as a whole number, not {_show(value)}")
-    if not 1 <= value <= _MAX_LENGTH:
-        raise _Refused(f"expected {name} from 1 to {_MAX_LENGTH:,} tokens, not {_show(value)}")
+    if not 1 <= value <= MAX_LENGTH:
+        raise _Refused(f"expected {name} from 1 to {MAX_LENGTH:,} tokens, not {_show(value)}")
     return value
 
 
