@@ -15,12 +15,15 @@ from twostroke.spec.work import (
     PARTS,
     RowShape,
     StepShape,
+    StepTotals,
+    add_totals,
     count_earlier_keys,
     count_pairs,
     get_floor_seconds,
     get_model_work,
     get_op_work,
     get_step_work,
+    grow_totals,
 )
 
 ROPE = RopeSpec(10_000.0)
@@ -190,6 +193,49 @@ def test_chunking_a_prompt_changes_no_operation(chunks: list[int]) -> None:
     ]
     assert sum(part.flops for part in parts) == whole.flops
     assert sum(part.kv_bytes_written for part in parts) == whole.kv_bytes_written
+
+
+# ---- totals --------------------------------------------------------------------------------------
+
+ROWS = st.tuples(st.integers(1, 9), st.integers(0, 20), st.integers(0, 1))
+
+
+@settings(deadline=None)
+@given(st.lists(ROWS, max_size=6))
+def test_totals_hold_all_that_work_depends_on(rows: list[tuple[int, int, int]]) -> None:
+    model = get_model_work(SMALL)
+    totals = StepTotals()
+    for row in rows:
+        totals = add_totals(totals, model.get_row_totals(*row))
+    assert model.get_totals_work(totals) == get_step_work(SMALL, make_step(*rows))
+
+
+@settings(deadline=None)
+@given(st.lists(ROWS, max_size=6))
+def test_totals_are_sums_over_rows_and_layers(rows: list[tuple[int, int, int]]) -> None:
+    def count(chosen: list[tuple[int, int, int]]) -> tuple[int, int]:
+        cells = [(new, before, layer.window) for new, before, _ in chosen for layer in SMALL.layers]
+        keys = sum(count_earlier_keys(before, window) for _, before, window in cells)
+        return sum(count_pairs(*cell) for cell in cells), keys
+
+    model = get_model_work(SMALL)
+    totals = StepTotals(*map(sum, zip(*(model.get_row_totals(*row) for row in rows), strict=True)))
+    expected = StepTotals(
+        len(rows),
+        sum(new for new, _, _ in rows),
+        sum(sampled for _, _, sampled in rows),
+        *count(rows),
+        *count([row for row in rows if row[0] == 1]),
+    )
+    assert totals == expected
+
+
+@given(st.integers(0, 30))
+def test_a_decoding_row_grows_evenly_where_no_window_fills(context: int) -> None:
+    model = get_model_work(LLAMA_7B)
+    first, second = (model.get_row_totals(1, before, 1) for before in (context, context + 1))
+    growth = StepTotals(*(b - a for a, b in zip(first, second, strict=True)))
+    assert grow_totals(first, growth, 7) == model.get_row_totals(1, context + 7, 1)
 
 
 # ---- floors --------------------------------------------------------------------------------------

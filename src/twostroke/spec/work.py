@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from operator import add
+from typing import NamedTuple
 
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec, TensorSpec
@@ -65,6 +67,34 @@ class StepShape:
     def sampled(self) -> int:
         """Positions whose logits are wanted."""
         return sum(row.sampled for row in self.rows)
+
+
+class StepTotals(NamedTuple):
+    """A step as seven sums over its rows: all that its work and its time depend on.
+
+    rows: sequences; tokens: computed; sampled: positions whose logits are wanted. pairs: (query,
+    key) pairs of attention, keys: keys of earlier steps read, both summed over layers with their
+    windows counted. decode_pairs, decode_keys: of those, what rows of one new token contribute.
+    A tuple and not a dataclass because the scheduler adds up one for every row of every step.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    sampled: int = 0
+    pairs: int = 0
+    keys: int = 0
+    decode_pairs: int = 0
+    decode_keys: int = 0
+
+
+def add_totals(first: StepTotals, second: StepTotals) -> StepTotals:
+    """Totals of all rows of both."""
+    return StepTotals._make(map(add, first, second))
+
+
+def grow_totals(first: StepTotals, growth: StepTotals, steps: int) -> StepTotals:
+    """Totals `steps` steps after `first` when each step adds `growth`: first + steps * growth."""
+    return StepTotals._make(start + steps * more for start, more in zip(first, growth, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +176,8 @@ class ModelWork:
     matrix_ops: (part, arithmetic, operations a token) of every product with weights, biases
     included. weight_bytes: (part, bytes) read whole in each step that runs the part.
     elementwise_ops: operations a token. embed_row_bytes: one row of the embedding as stored.
-    windows: (window, layers that have it). pair_ops: of one query with one key in one layer, for
-    all heads. kv_layer_bytes: K and V of one token in one layer.
+    windows: (window, layers that have it), num_layers: of all windows. pair_ops: of one query with
+    one key in one layer, for all heads. kv_layer_bytes: K and V of one token in one layer.
     """
 
     matrix_ops: tuple[tuple[str, str, int], ...]
@@ -155,28 +185,45 @@ class ModelWork:
     elementwise_ops: int
     embed_row_bytes: int
     windows: tuple[tuple[int | None, int], ...]
+    num_layers: int
     pair_ops: int
     kv_layer_bytes: int
 
     def get_step_work(self, shape: StepShape) -> StepWork:
         """Work of one step, all parts; a head that nobody needs costs nothing."""
-        tokens, sampled = shape.new_tokens, shape.sampled
+        totals = StepTotals()
+        for row in shape.rows:
+            more = self.get_row_totals(row.new_tokens, row.context_before, row.sampled)
+            totals = add_totals(totals, more)
+        return self.get_totals_work(totals)
+
+    def get_row_totals(self, new_tokens: int, context_before: int, sampled: int) -> StepTotals:
+        """One row's totals, `new_tokens` > 0 at positions `context_before` and on; unchecked,
+        because it is called for every row of every step."""
+        if new_tokens == 1:
+            # A query at position p sees p + 1 keys, all but its own from earlier steps.
+            pairs, seen = 0, context_before + 1
+            for window, layers in self.windows:
+                pairs += layers * (seen if window is None or seen < window else window)
+            keys = pairs - self.num_layers
+            return StepTotals(1, 1, sampled, pairs, keys, pairs, keys)
+        pairs = keys = 0
+        for window, layers in self.windows:
+            pairs += layers * count_pairs(new_tokens, context_before, window)
+            keys += layers * count_earlier_keys(context_before, window)
+        return StepTotals(1, new_tokens, sampled, pairs, keys)
+
+    def get_totals_work(self, totals: StepTotals) -> StepWork:
+        """Work of the step whose rows sum to `totals`."""
+        tokens, sampled = totals.tokens, totals.sampled
         weight_bytes = dict(self.weight_bytes)
         ops: dict[str, Counter[str]] = {name: Counter() for name in PARTS}
         for part, arithmetic, per_token in self.matrix_ops:
             ops[part][arithmetic] += per_token * (sampled if part == "head" else tokens)
         ops["elementwise"]["fp32"] += self.elementwise_ops * tokens
-        ops["attention"]["fp32"] += self.pair_ops * sum(
-            layers * count_pairs(row.new_tokens, row.context_before, window)
-            for window, layers in self.windows
-            for row in shape.rows
-        )
-        kv_read = self.kv_layer_bytes * sum(
-            layers * count_earlier_keys(row.context_before, window)
-            for window, layers in self.windows
-            for row in shape.rows
-        )
-        kv_written = self.kv_layer_bytes * tokens * sum(layers for _, layers in self.windows)
+        ops["attention"]["fp32"] += self.pair_ops * totals.pairs
+        kv_read = self.kv_layer_bytes * totals.keys
+        kv_written = self.kv_layer_bytes * self.num_layers * tokens
         read = {name: weight_bytes.get(name, 0) if tokens else 0 for name in PARTS}
         read["embed"] = self.embed_row_bytes * tokens
         read["attention"] = kv_read
@@ -219,6 +266,7 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
         elementwise_ops=_count_elementwise_ops(spec),
         embed_row_bytes=embed_row_bytes,
         windows=tuple(windows.items()),
+        num_layers=spec.num_layers,
         # q·k and p·v: a multiply-add a value of the head each (Vaswani et al. 2017, eq. 1).
         pair_ops=4 * spec.num_heads * spec.head_dim,
         kv_layer_bytes=2 * spec.num_kv_heads * spec.head_dim * kv_element_bytes,
