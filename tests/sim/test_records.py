@@ -65,7 +65,8 @@ def test_a_row_is_live_until_it_ends() -> None:
     records = Records(replicas=2)
     for index in range(5_000):
         records.add(Arrival(index, 10, 3, tenant=f"t{index % 2}"), index)
-    records.end(Life(4_999, 1, 5, 6, 26, 15, 2, 3, 1), 30, FATES.index("finished"))
+    life = Life(4_999, Arrival(4_999, 10, 3), 1, 5, 6, 26, 15, 2, 3, 1)
+    records.end(life, 30, FATES.index("finished"))
     columns = records.get_columns()
     assert len(records) == len(columns["fate"]) == 5_000
     assert records.count_fates() == {

@@ -82,11 +82,13 @@ class LoopPolicy:
     max_in_flight: steps running at once. replace_executor: makes the next executor after a loss,
     over the same KV bytes; without it a loss fails every live request and closes the loop.
     step_deadline_ns: a step unanswered for so long loses its executor; None waits for ever.
+    max_iterations: the most steps that one plan may ask for in one go.
     """
 
     max_in_flight: int = 1
     replace_executor: ReplaceExecutor | None = None
     step_deadline_ns: int | None = None
+    max_iterations: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -281,7 +283,7 @@ class EngineLoop:
     def _start_steps(self) -> None:
         while self._closed is None and len(self._in_flight) < self._policy.max_in_flight:
             now_ns = self._clock.now_ns()
-            plan = self._scheduler.plan(now_ns)
+            plan = self._scheduler.plan(now_ns, self._policy.max_iterations)
             if isinstance(plan, Idle):
                 if self._live and not self._in_flight:
                     raise EngineError(f"nothing runs although {len(self._live)} requests are live")

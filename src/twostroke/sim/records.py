@@ -120,7 +120,8 @@ class Life:
     """What is noted of a request while it lives; `index` is its row."""
 
     index: int
-    replica: int
+    arrival: Arrival
+    replica: int = -1
     planned_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
