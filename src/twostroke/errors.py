@@ -18,7 +18,7 @@ maps this tree to status codes in one place (`server/errors.py`); nothing here k
     │   ├── EngineClosed        the engine was shut down; the request was not accepted
     │   ├── ExecutorLost        an executor died or answered out of protocol; carries why
     │   └── RequestFailed       a request ended Failed; carries the reason
-    └── DeviceError             the device asked for is not usable here, with what is
+    └── DeviceError             the device asked for is unknown or not usable here, with what is
 """
 
 from __future__ import annotations
@@ -92,4 +92,4 @@ class RequestFailed(EngineError):
 
 
 class DeviceError(TwostrokeError):
-    """The device asked for cannot be used on this machine."""
+    """The device asked for is not known, or cannot be used on this machine."""

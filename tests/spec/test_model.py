@@ -102,6 +102,24 @@ def test_each_fact_adds_the_tensors_it_names() -> None:
     assert untied - plain == {"head"}
 
 
+def test_experts_take_the_place_of_the_one_ffn() -> None:
+    names = {tensor.name for tensor in TINY.tensors()}
+    mixture = replace(TINY, num_experts=3, experts_per_token=2, ffn_bias=True)
+    dense = {f"layers.{layer}.{part}" for layer in (0, 1) for part in ("gate", "up", "down")}
+    experts = {
+        name.replace(part, f"experts.{expert}.{part}{suffix}")
+        for name in dense
+        for part in [name.split(".")[-1]]
+        for expert in range(3)
+        for suffix in ("", ".bias")
+    }
+    routers = {"layers.0.router", "layers.1.router"}
+    assert {tensor.name for tensor in mixture.tensors()} == names - dense | experts | routers
+    shapes = {tensor.name: tensor.shape for tensor in mixture.tensors()}
+    assert shapes["layers.1.router"] == (3, 64)
+    assert shapes["layers.1.experts.2.down"] == (64, 96)
+
+
 def test_tensors_come_in_forward_order() -> None:
     names = [tensor.name for tensor in EVERYTHING.tensors()]
     assert names[0] == "embed"

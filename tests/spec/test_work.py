@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twostroke.spec.catalog import get_known_model
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 from twostroke.spec.quant import Format
@@ -57,6 +58,8 @@ SMALL = replace(
     tied_embeddings=True,
     qkv_bias=True,
 )
+
+MIXTURE = replace(SMALL, num_experts=8, experts_per_token=2)
 
 
 def make_step(*rows: tuple[int, int, int]) -> StepShape:
@@ -136,6 +139,39 @@ def test_a_bias_costs_one_addition_an_output() -> None:
         - get_step_work(plain, DECODE).get_part("projections").flops
     )
     assert difference == 3 * (4 + 2 + 2) * 32
+
+
+def test_a_token_works_with_its_experts_only() -> None:
+    dense, mixture = (
+        get_step_work(spec, DECODE) for spec in (replace(SMALL, ffn_width=2 * 96), MIXTURE)
+    )
+    router = 3 * 8 * 64
+    assert mixture.get_part("ffn").flops == dense.get_part("ffn").flops + 2 * router
+    assert mixture.get_part("ffn").bytes == dense.get_part("ffn").bytes + 2 * router
+    mixing = 3 * 2 * 2 * 64  # layers, experts, a product and a sum a value
+    elementwise = dense.get_part("elementwise").flops + mixing
+    assert mixture.get_part("elementwise").flops == elementwise
+
+
+def test_experts_read_are_those_expected_to_be_picked() -> None:
+    # Two of eight: a token misses a given expert with probability 3/4, so 8 * (1 - (3/4)^n).
+    model = get_model_work(MIXTURE)
+    one = 3 * 3 * 64 * 96 * 2  # one expert of each layer
+    assert model.expert_bytes == 8 * one
+    assert model.get_expert_bytes(0) == 0
+    assert model.get_expert_bytes(1) == 2 * one
+    assert model.get_expert_bytes(2) == 3.5 * one
+    assert model.get_expert_bytes(3) == 4.625 * one
+    assert model.get_expert_bytes(10_000) == 8 * one
+
+
+def test_mixtral_computes_with_its_published_active_weights() -> None:
+    # 12.9 billion of 46.7 (Jiang et al. 2024, table 1), embedding included.
+    spec = get_known_model("mixtral-8x7b")
+    work = get_step_work(spec, DECODE)
+    products = sum(work.get_part(name).flops for name in ("projections", "ffn", "head"))
+    norms = (2 * 32 + 1) * 4096
+    assert products // 2 + spec.vocab_size * spec.width + norms == 12_879_925_248
 
 
 def test_quantised_products_are_int8_and_weigh_what_is_stored() -> None:
@@ -265,7 +301,7 @@ def test_a_device_without_the_rate_is_refused_by_name() -> None:
 
 
 def test_work_by_op_sums_to_the_work_of_the_step() -> None:
-    for spec in (LLAMA_7B, SMALL):
+    for spec in (LLAMA_7B, SMALL, MIXTURE):
         for shape in (DECODE, make_step((7, 3, 1), (1, 40, 1))):
             work, ops = get_step_work(spec, shape), get_op_work(spec, shape)
             assert sum(op.flops for op in ops.values()) == work.flops

@@ -16,6 +16,8 @@ Canonical tensor names (`i` is the layer):
     layers.i.{gate,up}    [.bias]            (ffn_width, width)
     layers.i.down         [.bias]            (width, ffn_width)
     layers.i.post_ffn_norm                   (width,)              with post_norms
+    layers.i.router                          (num_experts, width)  with experts, which have in place
+    layers.i.experts.e.{gate,up,down}        of a layer's one FFN   each its own, e from 0
     final_norm                               (width,)
     head                                     (vocab, width)        unless tied_embeddings
     rope_factors                             (head_dim/2,)         where the file stores them
@@ -122,6 +124,8 @@ class ModelSpec:
 
     norm_offset: added to every stored norm weight before use (1.0 for Gemma's safetensors).
     activation: of the gated FFN, "silu" or "gelu_tanh".
+    num_experts, experts_per_token: 0 for one FFN a layer; else each layer has so many FFNs of
+    ffn_width, of which a router picks experts_per_token for every token (Shazeer et al. 2017).
     attention_scale: multiplies q·k; embed_scale: multiplies embeddings.
     formats: format of each canonical tensor, as stored; absent names default to BF16.
     """
@@ -149,7 +153,13 @@ class ModelSpec:
     post_norms: bool = False
     tied_embeddings: bool = True
     stored_rope_factors: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
     formats: tuple[tuple[str, Format], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.experts_per_token <= self.num_experts
+        assert (self.num_experts == 0) == (self.experts_per_token == 0)
 
     @property
     def num_layers(self) -> int:
@@ -190,10 +200,16 @@ class ModelSpec:
             ("k", kv, self.width, column, self.qkv_bias),
             ("v", kv, self.width, column, self.qkv_bias),
             ("o", self.width, query, row, self.output_bias),
-            ("gate", self.ffn_width, self.width, column, self.ffn_bias),
-            ("up", self.ffn_width, self.width, column, self.ffn_bias),
-            ("down", self.width, self.ffn_width, row, self.ffn_bias),
         ]
+        if self.num_experts:
+            matrices.append(("router", self.num_experts, self.width, whole, False))
+        each = [f"experts.{expert}." for expert in range(self.num_experts)]
+        for ffn in each or [""]:
+            matrices += [
+                (ffn + "gate", self.ffn_width, self.width, column, self.ffn_bias),
+                (ffn + "up", self.ffn_width, self.width, column, self.ffn_bias),
+                (ffn + "down", self.width, self.ffn_width, row, self.ffn_bias),
+            ]
         norms = [("attn_norm", self.width), ("ffn_norm", self.width)]
         if self.qk_norm:
             norms += [("q_norm", self.head_dim), ("k_norm", self.head_dim)]

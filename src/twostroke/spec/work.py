@@ -9,13 +9,17 @@ read again at once and fit in a cache: for SmolLM2-135M 2 kB a token for each te
 and 0.2 MB of logits a sampled position beside the head's 28 million weights. So are keys and
 values of this step read back within it, token ids and block tables (4 bytes a token). Also left
 out: decoding quantised weights, softmax exponentials (one a score, 1 / (4 * head_dim) of
-attention's operations), sampling.
+attention's operations; with experts one for each of them), sampling.
+
+Of a mixture of experts a step reads only those that some token picked. Which these are is not known
+beforehand: counted is their expected number under uniform, independent routing (see
+`ModelWork.get_expert_bytes`). Real routing is uneven and reads somewhat fewer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import add
 from typing import NamedTuple
 
@@ -25,12 +29,13 @@ from twostroke.spec.model import ModelSpec, TensorSpec
 # Parts of a step, in forward order, and the tensors whose bytes and products belong to each.
 PARTS = ("embed", "elementwise", "projections", "attention", "ffn", "head")
 _PROJECTIONS = frozenset("qkvo")
-_FFN = frozenset(("gate", "up", "down"))
+_FFN = frozenset(("gate", "up", "down", "router", "experts"))
 
 # Operations of the elementwise part, for each value that passes through it.
 _NORM_OPS = 4  # square, sum, times 1/rms, times weight (Zhang & Sennrich 2019, eq. 4)
 _ROPE_OPS = 3  # two products and one sum a value (Su et al. 2021, eq. 34)
 _RESIDUAL_OPS = 1
+_MIX_OPS = 2  # an expert's output times its weight, and added to the others'
 _GATE_OPS = 5  # negate, exp, add, divide, times `up` (Shazeer 2020, eq. 5); an exp counts as one
 
 
@@ -178,6 +183,7 @@ class ModelWork:
     elementwise_ops: operations a token. embed_row_bytes: one row of the embedding as stored.
     windows: (window, layers that have it), num_layers: of all windows. pair_ops: of one query with
     one key in one layer, for all heads. kv_layer_bytes: K and V of one token in one layer.
+    expert_bytes: of all experts of all layers, which weight_bytes leaves out.
     """
 
     matrix_ops: tuple[tuple[str, str, int], ...]
@@ -188,6 +194,20 @@ class ModelWork:
     num_layers: int
     pair_ops: int
     kv_layer_bytes: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_bytes: int = 0
+
+    def get_expert_bytes(self, tokens: int) -> int:
+        """Bytes of the experts that a step of `tokens` tokens is expected to read.
+
+        A token misses an expert with probability 1 - k/E, so E * (1 - (1 - k/E)^tokens) of a
+        layer's E experts are picked at least once when each token picks k of them at random.
+        """
+        if not self.expert_bytes:
+            return 0
+        missed = 1 - self.experts_per_token / self.num_experts
+        return round(self.expert_bytes * (1 - missed**tokens))
 
     def get_step_work(self, shape: StepShape) -> StepWork:
         """Work of one step, all parts; a head that nobody needs costs nothing."""
@@ -225,6 +245,7 @@ class ModelWork:
         kv_read = self.kv_layer_bytes * totals.keys
         kv_written = self.kv_layer_bytes * self.num_layers * tokens
         read = {name: weight_bytes.get(name, 0) if tokens else 0 for name in PARTS}
+        read["ffn"] += self.get_expert_bytes(tokens)
         read["embed"] = self.embed_row_bytes * tokens
         read["attention"] = kv_read
         if not sampled:
@@ -245,7 +266,7 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
     """Costs of `spec`; kv_element_bytes is the size of one stored K or V value."""
     matrix_ops: Counter[tuple[str, str]] = Counter()
     weight_bytes: Counter[str] = Counter()
-    embed_row_bytes = 0
+    embed_row_bytes = expert_bytes = 0
     for tensor in spec.tensors():
         part = _get_part(tensor)
         if part == "embed":
@@ -253,12 +274,13 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
             if not spec.tied_embeddings:
                 continue
             part = "head"
-        weight_bytes[part] += tensor.bytes
+        if _is_expert(tensor):
+            expert_bytes += tensor.bytes
+        else:
+            weight_bytes[part] += tensor.bytes
         if part != "elementwise":
-            arithmetic = "int8" if tensor.format.is_quantised else "fp32"
-            # A matrix costs a multiply-add a weight and token, a bias one addition.
-            per_weight = 2 if len(tensor.shape) == 2 else 1
-            matrix_ops[part, arithmetic] += per_weight * tensor.num_weights
+            arithmetic, count = _get_product(spec, tensor)
+            matrix_ops[part, arithmetic] += count
     windows = Counter(layer.window for layer in spec.layers)
     return ModelWork(
         matrix_ops=tuple((part, kind, ops) for (part, kind), ops in matrix_ops.items()),
@@ -270,6 +292,9 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
         # q·k and p·v: a multiply-add a value of the head each (Vaswani et al. 2017, eq. 1).
         pair_ops=4 * spec.num_heads * spec.head_dim,
         kv_layer_bytes=2 * spec.num_kv_heads * spec.head_dim * kv_element_bytes,
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+        expert_bytes=expert_bytes,
     )
 
 
@@ -284,23 +309,30 @@ def get_op_work(
     tokens, sampled = shape.new_tokens, shape.sampled
     ops: dict[str, Counter[str]] = {}
     read: Counter[str] = Counter()
+    expert_bytes: Counter[str] = Counter()
     for tensor in spec.tensors():
         part = _get_part(tensor)
         if part == "elementwise" or (part == "embed" and not spec.tied_embeddings):
             continue
         is_head = part in ("embed", "head")
-        name = "head" if is_head else tensor.name.split(".")[2]
-        arithmetic = "int8" if tensor.format.is_quantised else "fp32"
-        per_weight = 2 if len(tensor.shape) == 2 else 1
-        count = per_weight * tensor.num_weights * (sampled if is_head else tokens)
-        ops.setdefault(name, Counter())[arithmetic] += count
-        read[name] += tensor.bytes if sampled or not is_head else 0
+        name = "head" if is_head else tensor.name.removesuffix(".bias").split(".")[-1]
+        arithmetic, count = _get_product(spec, tensor)
+        ops.setdefault(name, Counter())[arithmetic] += count * (sampled if is_head else tokens)
+        if _is_expert(tensor):
+            expert_bytes[name] += tensor.bytes
+        elif sampled or not is_head:
+            read[name] += tensor.bytes
+    model = get_model_work(spec, kv_element_bytes)
+    stored = picked = 0  # of the ops so far, so that the ops' rounded bytes sum to the step's
+    for name, more in expert_bytes.items():
+        stored += more
+        read[name] += replace(model, expert_bytes=stored).get_expert_bytes(tokens) - picked
+        picked += read[name]
     found = {
         name: PartWork(name, tuple(sorted(counts.items())), read[name])
         for name, counts in ops.items()
     }
-    attention = get_step_work(spec, shape, kv_element_bytes).get_part("attention")
-    found["attention"] = attention
+    found["attention"] = model.get_step_work(shape).get_part("attention")
     for name, per_token in _get_elementwise_ops(spec).items():
         found[name] = PartWork(name, (("fp32", per_token * tokens),))
     return found
@@ -369,6 +401,19 @@ def _get_part(tensor: TensorSpec) -> str:
     return "ffn" if kind in _FFN else "elementwise"
 
 
+def _is_expert(tensor: TensorSpec) -> bool:
+    return ".experts." in tensor.name
+
+
+def _get_product(spec: ModelSpec, tensor: TensorSpec) -> tuple[str, int]:
+    """Arithmetic and operations a token of one matrix or bias; of an expert, on average."""
+    # A matrix costs a multiply-add a weight and token, a bias one addition.
+    count = (2 if len(tensor.shape) == 2 else 1) * tensor.num_weights
+    if _is_expert(tensor):
+        count = count * spec.experts_per_token // spec.num_experts
+    return "int8" if tensor.format.is_quantised else "fp32", count
+
+
 def _count_elementwise_ops(spec: ModelSpec) -> int:
     """Operations a token in norms, rope, residuals and gates; the final norm counts every token."""
     return sum(_get_elementwise_ops(spec).values())
@@ -380,10 +425,10 @@ def _get_elementwise_ops(spec: ModelSpec) -> dict[str, int]:
     norms = spec.width * (4 if spec.post_norms else 2)
     if spec.qk_norm:
         norms += query + keys
-    layers = spec.num_layers
+    layers, experts = spec.num_layers, spec.experts_per_token
     return {
         "rms_norm": _NORM_OPS * (layers * norms + spec.width),
         "rope": _ROPE_OPS * layers * (query + keys),
-        "add": _RESIDUAL_OPS * layers * 2 * spec.width,
-        "gated": _GATE_OPS * layers * spec.ffn_width,
+        "add": layers * spec.width * (2 * _RESIDUAL_OPS + experts * _MIX_OPS),
+        "gated": _GATE_OPS * layers * spec.ffn_width * max(1, experts),
     }
