@@ -161,8 +161,7 @@ def _draw_latencies(axes: Axes, records: Records) -> None:
     axes.set_ylabel("share at most that long, %")
     axes.set_ylim(0, 101)
     if drawn:
-        axes.set_xscale("log")
-        axes.legend(frameon=False, loc="upper left", fontsize=8)
+        _scale_time(axes)
     else:
         _say_empty(axes, "no request had a token")
 
@@ -210,11 +209,11 @@ def _draw_goodput(axes: Axes, records: Records) -> None:
         width = 2.4 if is_asked else 1.4
         axes.plot(good[places] if len(good) else [], shares[places] if len(good) else [],
                   linestyle=dash, color=ink, linewidth=width, label=label)  # fmt: skip
-    axes.set_xscale("log")
     if ttft_target:
-        axes.axvline(ttft_target, color=_GREY, linewidth=0.9)
-        axes.annotate(f" target {ttft_target:g} s", (ttft_target, 2), fontsize=8, color="0.3")
-    axes.legend(frameon=False, loc="upper left", fontsize=8)
+        axes.axvline(
+            ttft_target, color="0.3", linewidth=0.9, label=f"TTFT target, {ttft_target:g} s"
+        )
+    _scale_time(axes)
 
 
 def _draw_kv(axes: Axes, timeline: Timeline) -> None:
@@ -224,7 +223,6 @@ def _draw_kv(axes: Axes, timeline: Timeline) -> None:
               label="all replicas, mean")  # fmt: skip
     axes.set_title("KV pool")
     axes.set_ylabel("blocks held, %")
-    axes.set_ylim(0, 101)
     _place_legend(axes)
 
 
@@ -243,6 +241,20 @@ def _draw_tokens(axes: Axes, timeline: Timeline) -> None:
     axes.set_title("One step of one replica, in the mean")
     axes.set_ylabel("tokens a step")
     _place_legend(axes)
+
+
+def _scale_time(axes: Axes) -> None:
+    """A logarithmic time axis with plain numbers, and the legend where it hides least."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # Within few decades, 2 and 5 are named too.
+    subs = (1.0, 2.0, 5.0) if high / low < 10**3.5 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="1.0")
 
 
 def _place_legend(axes: Axes) -> None:
