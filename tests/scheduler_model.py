@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twostroke.core.invariants import check
 from twostroke.core.policy import Policies
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
@@ -41,6 +40,7 @@ from twostroke.core.types import (
     Update,
 )
 from twostroke.errors import InvalidParameter
+from twostroke.sim.invariants import check
 
 MODULUS = (1 << 61) - 1
 GARBAGE = -1

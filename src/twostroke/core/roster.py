@@ -10,14 +10,24 @@ hold blocks, and ended ones until nobody can still be writing to those.
 
 from __future__ import annotations
 
-import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
-from twostroke.core.sequence import Group, Key, Sequence, State
-from twostroke.core.types import Ending, Request, SchedulerConfig, SequenceEnded, SequenceId
-from twostroke.kv.blocks import BlockAllocator, BlockTable
+from twostroke.core.policy import Accounts, Policies
+from twostroke.core.sequence import Group, Sequence, State
+from twostroke.core.types import (
+    BlockId,
+    BlockSwap,
+    Ending,
+    Request,
+    SchedulerConfig,
+    SequenceEnded,
+    SequenceId,
+)
+from twostroke.kv.blocks import BlockTable
+from twostroke.kv.memory import KeptKV, KVMemory
 
 _get_key = attrgetter("key")
 
@@ -25,46 +35,47 @@ _get_key = attrgetter("key")
 class WaitingQueue:
     """Sequences without blocks, first in policy order at the head.
 
-    It may be long and only its head is ever looked at, so it is a heap in which entries go stale
-    instead of being searched for; a sequence's ticket names its live entry.
+    A sorted list for each lane: the head is looked at in every step, and most newcomers go to the
+    end. With accounts every tenant has a lane; without them there is one.
     """
 
-    __slots__ = ("_heap", "_live", "_tickets")
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[Key, int, Sequence]] = []
-        self._live = 0
-        self._tickets = 0
+    def __init__(self, accounts: Accounts | None) -> None:
+        self._accounts = accounts
+        self._lanes: dict[str, list[Sequence]] = {}
 
     def __len__(self) -> int:
-        return self._live
+        return sum(map(len, self._lanes.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences, in no particular order."""
-        return (sequence for _, ticket, sequence in self._heap if sequence.ticket == ticket)
+        """All waiting sequences, lane after lane."""
+        return chain.from_iterable(self._lanes.values())
 
     def push(self, sequence: Sequence) -> None:
         """Add a sequence that is not waiting."""
-        sequence.ticket = self._tickets
-        self._tickets += 1
-        self._live += 1
-        heapq.heappush(self._heap, (sequence.key, sequence.ticket, sequence))
+        tenant = self._get_lane(sequence)
+        if self._accounts is not None and tenant not in self._lanes:
+            self._accounts.lift(tenant, self._lanes)
+        insort(self._lanes.setdefault(tenant, []), sequence, key=_get_key)
 
     def try_head(self) -> Sequence | None:
-        """The first in policy order; None when nobody waits."""
-        while self._heap and self._heap[0][2].ticket != self._heap[0][1]:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        """The first in policy order, of the tenant who has had least; None when nobody waits."""
+        lanes, accounts = self._lanes, self._accounts
+        if accounts is None or not lanes:
+            return lanes[""][0] if lanes else None
+        return lanes[min(lanes, key=lambda one: (accounts.get_debt(one), lanes[one][0].key))][0]
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out, wherever it stands."""
-        assert sequence.ticket >= 0, f"{sequence.id} is not waiting"
-        sequence.ticket = -1
-        self._live -= 1
-        # Stale entries deep in the heap would keep their prompts alive: sweep when they dominate.
-        if len(self._heap) > 2 * self._live + 64:
-            self._heap = [entry for entry in self._heap if entry[2].ticket == entry[1]]
-            heapq.heapify(self._heap)
+        tenant = self._get_lane(sequence)
+        lane = self._lanes[tenant]
+        place = bisect_left(lane, sequence.key, key=_get_key)
+        assert lane[place] is sequence, f"{sequence.id} is not waiting"
+        del lane[place]
+        if not lane:
+            del self._lanes[tenant]
+
+    def _get_lane(self, sequence: Sequence) -> str:
+        return sequence.group.request.tenant if self._accounts is not None else ""
 
 
 class Roster:
@@ -75,22 +86,30 @@ class Roster:
     one may have ended. fates: how many requests came, and how many ended in which way.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.allocator = BlockAllocator(config.num_blocks)
+    def __init__(self, config: SchedulerConfig, policies: Policies) -> None:
+        blocks, size = config.num_blocks, config.block_tokens
+        least = -(-config.reserve_tokens // size)
+        self.memory = KVMemory(blocks, size, config.host_blocks, least, config.cache_seed)
+        self.allocator = self.memory.allocator
         self.groups: dict[str, Group] = {}
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(policies.accounts)
         self.running: list[Sequence] = []
         self.reserved: dict[str, Sequence] = {}
         fates = ("submitted", "finished", "rejected", "cancelled", "failed", "released")
         self.fates = dict.fromkeys(fates, 0)
-        self._block_tokens = config.block_tokens
+        self.prompt_tokens = self.cached_tokens = 0  # of prompts looked up, and found
+        self._watermark_blocks = config.watermark_blocks
+        self._policies = policies
 
-    def enter(self, request: Request, rank: tuple[int, ...], arrival: int) -> None:
+    def enter(self, request: Request, now: int) -> None:
         """Take an accepted request in; its first sequence waits, to compute the prompt."""
-        group = Group(request, request.n, request.n, request.sampling.needs_history)
-        for index in range(request.n):
+        n, rank = request.n, self._policies.order.rank(request, 0, now)
+        arrival = self.fates["submitted"]
+        group = Group(request, now, n, n, request.sampling.needs_history)
+        for index in range(n):
             id, key = SequenceId(request.id, index), (rank, arrival, index)
-            group.sequences.append(Sequence(id, group, key, [], BlockTable(self.allocator)))
+            kept = KeptKV(self.memory, request.cache_scope)
+            group.sequences.append(Sequence(id, group, key, [], BlockTable(self.allocator), kept))
         self.groups[request.id] = group
         self.start_carrier(group)
 
@@ -118,20 +137,76 @@ class Roster:
                 sequence.table = carrier.table.fork()
                 (self._wait if carrier.state is State.WAITING else self._run)(sequence)
 
-    def admit(self, sequence: Sequence) -> None:
-        """Let a waiting sequence run."""
-        self.waiting.remove(sequence)
-        self._run(sequence)
+    def find_prefix(self, sequence: Sequence) -> list[BlockId]:
+        """Blocks that hold a beginning of a waiting sequence's tokens, not all of them.
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of a running sequence away; it waits at its old place in the order."""
+        A prompt whose log-probabilities are wanted has to be computed, so nothing is found for it.
+        """
+        if sequence.kept.host or sequence.group.request.prompt_logprobs is not None:
+            return []
+        return sequence.kept.find_prefix(sequence.tokens)
+
+    def admit(self, sequence: Sequence, prefix: list[BlockId]) -> list[BlockSwap]:
+        """Let a waiting sequence run, with the `prefix` found for it or what the host keeps.
+
+        Returns the moves that bring its KV in.
+        """
+        group, kept, moves = sequence.group, sequence.kept, list[BlockSwap]()
+        self.waiting.remove(sequence)
+        if kept.host:
+            moves = kept.move_in(sequence.table)
+            sequence.computed = kept.hosted
+        elif prefix:
+            sequence.table.adopt(prefix)
+            kept.named = len(prefix)
+            sequence.computed = len(prefix) * self.memory.block_tokens
+        sequence.planned = sequence.computed
+        if not group.charged:
+            group.charged = True
+            self.prompt_tokens += len(sequence.tokens)
+            self.cached_tokens += sequence.computed
+            if self._policies.accounts is not None:
+                tokens = len(sequence.tokens) - sequence.computed
+                self._policies.accounts.charge(group.request.tenant, tokens, 0)
+        self._run(sequence)
+        self.try_fork(sequence)
+        return moves
+
+    def preempt(self, sequence: Sequence) -> list[BlockSwap]:
+        """Take the blocks of a running sequence away; it waits at its old place in the order.
+
+        Returns the moves that keep its KV in host memory, where that is preferred and has room.
+        """
+        moves, computed = list[BlockSwap](), sequence.computed
+        prefers_swap = self._policies.prefers_swap
+        if sequence.kept.can_move_out(computed) and prefers_swap(computed, len(sequence.table)):
+            moves = sequence.kept.move_out(sequence.table, computed)
+        self.return_to_line(sequence)
+        return moves
+
+    def return_to_line(self, sequence: Sequence) -> None:
+        """A running sequence waits again, without blocks."""
         self.running.remove(sequence)
         sequence.forget_kv()
         self._wait(sequence)
 
+    def rank_anew(self, sequence: Sequence, now: int) -> bool:
+        """Ask for a sequence's rank again; whether it changed."""
+        rank = self._policies.order.rank(sequence.group.request, sequence.num_new_tokens, now)
+        changed = rank != sequence.key[0]
+        sequence.key = (rank, *sequence.key[1:])
+        return changed
+
+    def sort_running(self, now: int) -> None:
+        """Bring the running sequences into the order of their ranks as they are now."""
+        for sequence in self.running:
+            self.rank_anew(sequence, now)
+        self.running.sort(key=_get_key)
+
     def reserve(self, sequence: Sequence, num_blocks: int) -> None:
         """Give a waiting sequence blocks for KV that comes from outside."""
         self.waiting.remove(sequence)
+        sequence.kept.forget_host()
         sequence.state = State.RESERVED
         sequence.table.grow(num_blocks)
         self.reserved[sequence.id.request] = sequence
@@ -174,19 +249,19 @@ class Roster:
             sequence.forget_kv()
 
     def measure_slack(self) -> int:
-        """Free blocks beyond what running sequences need for known tokens and one spare each.
+        """Free blocks beyond the watermark, if any run, their known tokens and one spare each.
 
         Continuations yet to be forked count as running: each will want a block at the fork.
         """
-        slack = self.allocator.num_free
+        slack = self.allocator.num_free - (self._watermark_blocks if self.running else 0)
         for sequence in self.running:
             missing = self.get_num_blocks(len(sequence.tokens)) - len(sequence.table)
             slack -= missing + 1 + sequence.group.unborn
         return slack
 
     def get_num_blocks(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens."""
-        return -(-tokens // self._block_tokens)
+        """Blocks of a sequence with `tokens` tokens."""
+        return self.memory.get_num_blocks(tokens)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
@@ -200,6 +275,10 @@ class Roster:
         """Take a live sequence out of its line and free its blocks, now or when they settle."""
         state, sequence.state = sequence.state, State.ENDED
         sequence.group.live -= 1
+        sequence.kept.forget_host()
+        self._policies.order.end(sequence.group.request, max(0, sequence.num_new_tokens))
+        if self._policies.drafter is not None:
+            self._policies.drafter.forget(sequence.id)
         if state is State.UNBORN:
             sequence.group.unborn -= 1
         elif state is State.WAITING:

@@ -19,6 +19,8 @@ newcomers, both in policy order, in the same step.
 - Blocks of an ended sequence are reused only once its rows in flight have settled: until then the
   executor may still write to them.
 - Preemption happens inside `plan` but is reported by the next commit, cancel or lose.
+- Who goes first, how much of the prompts a step takes, what is drafted and how a preempted sequence
+  comes back is asked of `Policies`; nothing they answer can break an invariant.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from __future__ import annotations
 from collections import deque
 
 from twostroke.core.admission import check_config, find_rejection
-from twostroke.core.policy import Policies
+from twostroke.core.policy import Load, Policies
 from twostroke.core.roster import Roster
 from twostroke.core.sequence import Key, Sequence, State
 from twostroke.core.steps import Flight, Placement, StepDraft, check_outcome
@@ -44,6 +46,7 @@ from twostroke.core.types import (
     SchedulerConfig,
     StepOutcome,
     StepPlan,
+    Token,
     TokensEmitted,
     Update,
 )
@@ -56,18 +59,19 @@ _CANCELLED = Cancelled()
 class Scheduler:
     """Plans steps for many requests over one pool of KV blocks, in the order `policy` gives.
 
-    num_preemptions, num_ignored_results (rows answered after their sequence had ended): counted
-    since the start. Attributes with an underscore are read by invariants.py and nobody else.
-    Raises InvalidParameter for a size below 1, with which nothing would ever be planned.
+    Counted since the start: num_preemptions, num_swaps (of them, KV moved to the host), num_drafted
+    and num_accepted tokens, num_ignored_results (rows answered after their sequence had ended).
+    Attributes with an underscore are read by sim/invariants.py and nobody else. Raises
+    InvalidParameter for a size with which nothing would ever be planned.
     """
 
     def __init__(self, config: SchedulerConfig, policies: Policies | None = None) -> None:
         check_config(config)
         self.config = config
-        self.num_preemptions = 0
-        self.num_ignored_results = 0
+        self.num_preemptions = self.num_swaps = self.num_ignored_results = 0
+        self.num_drafted = self.num_accepted = 0
         self._policies = policies or Policies()
-        self._roster = Roster(config)
+        self._roster = Roster(config, self._policies)
         self._flights: deque[Flight] = deque()
         self._pending: list[Update] = []
         self._next_step = 0
@@ -89,8 +93,18 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks nobody holds."""
+        """Blocks nobody holds; some may keep a prefix for later."""
         return self._roster.allocator.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that hold a named prefix, held or not."""
+        return len(self._roster.allocator.prefixes)
+
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """Prompt tokens of admitted requests: all, and those found in the prefix cache."""
+        return self._roster.prompt_tokens, self._roster.cached_tokens
 
     @property
     def num_held_tokens(self) -> int:
@@ -113,7 +127,6 @@ class Scheduler:
     def submit(self, request: Request, now: int) -> Accepted | Rejected:
         """Queue `request`, or say why it can never be served."""
         roster = self._roster
-        arrival = roster.fates["submitted"]
         roster.fates["submitted"] += 1
         rejection = find_rejection(request, self.config)
         if rejection is None and (request.id in roster.groups or request.id in roster.reserved):
@@ -121,7 +134,7 @@ class Scheduler:
         if rejection is not None:
             roster.fates["rejected"] += 1
             return rejection
-        roster.enter(request, self._policies.order.rank(request, 0, now), arrival)
+        roster.enter(request, now)
         return Accepted(request.id)
 
     def cancel(
@@ -143,19 +156,22 @@ class Scheduler:
             self._roster.start_carrier(group)
         return tuple(updates)
 
-    def plan(self, now: int) -> StepPlan | Idle:
+    def plan(self, now: int, iterations: int = 1) -> StepPlan | Idle:
         """Plan the next step and reserve its blocks; Idle when there is nothing to compute now.
 
-        At most two steps may be in flight; a third plan is Idle.
+        At most two steps may be in flight; a third plan is Idle. iterations: the most that may be
+        planned in one go; there will be several only where planning them one by one would give
+        nothing but the same rows.
         """
         draft = StepDraft(self.config.step_tokens, self.config.max_rows)
         if len(self._flights) < MAX_IN_FLIGHT:
-            self._fill(draft)
+            self._fill(draft, now, iterations)
         if not draft.placements:
-            return Idle(waiting=self.num_waiting, in_flight=len(self._flights))
+            wake_ns = draft.room.wake_ns if draft.room is not None else 0
+            return Idle(self.num_waiting, len(self._flights), wake_ns)
         plan = draft.build(self._next_step)
         self._next_step += 1
-        self._flights.append(Flight(plan, draft.placements))
+        self._flights.append(Flight(plan, draft.placements, draft.moved_out))
         return plan
 
     def commit(self, outcome: StepOutcome, now: int) -> tuple[Update, ...]:
@@ -170,8 +186,11 @@ class Scheduler:
         check_outcome(outcome, flight.plan, self.config.vocab_size)
         self._flights.popleft()
         updates = self._take_pending() if self._pending else []
+        made = len(outcome.iteration_ns) or 1
         for placement, result in zip(flight.placements, outcome.results, strict=True):
-            self._settle(placement, result, updates)
+            self._settle(placement, result, made, updates)
+        if self._policies.pace is not None:
+            self._policies.pace.note_step(flight.plan, outcome)
         return tuple(updates)
 
     def lose(self, step: int, reason: str, now: int) -> tuple[Update, ...]:
@@ -187,6 +206,8 @@ class Scheduler:
             for placement in reversed(flight.placements):
                 self._undo(placement)
                 placement.sequence.losses += flight is lost
+            for sequence in flight.moved_out:  # whether its KV arrived, nobody knows
+                sequence.kept.forget_host()
         return tuple(self._take_pending())
 
     def attach(
@@ -229,85 +250,193 @@ class Scheduler:
         self._roster.release(id)
         self._pending = [update for update in self._pending if update.sequence.request != id]
 
-    def _fill(self, draft: StepDraft) -> None:
+    def _fill(self, draft: StepDraft, now: int, iterations: int) -> None:
         """Spend the draft's budgets: decodes, then prefills and newcomers in policy order."""
-        prefills = []
-        for sequence in list(self._roster.running):
-            gap = sequence.gap
-            if gap == 1:
-                self._place(draft, sequence)
-            elif gap > 1:
-                prefills.append(sequence)
+        policies, roster = self._policies, self._roster
+        if policies.order.changes:
+            roster.sort_running(now)
+        running = list(roster.running)
+        decodes = [one for one in running if one.gap == 1]
+        prefills = [one for one in running if one.gap > 1]
+        if policies.pace is not None:
+            draft.room = policies.pace.open_step(self._measure_load(decodes, prefills), now)
+        if iterations > 1 and len(decodes) == len(running) > 0 and policies.accounts is None:
+            self._try_stride(draft, decodes, iterations)
+        if draft.placements:
+            return
+        for sequence in decodes:
+            self._place(draft, sequence, 1)
         for sequence in prefills:
-            self._admit(draft, before=sequence.key)
-            self._place(draft, sequence)
-        self._admit(draft, before=None)
+            self._admit(draft, now, before=sequence.key)
+            if draft.has_room and sequence.state is State.RUNNING:
+                self._place(draft, sequence, draft.get_tokens(sequence.planned))
+        self._admit(draft, now, before=None)
 
-    def _place(self, draft: StepDraft, sequence: Sequence) -> None:
-        """Add the next row of `sequence`, as far as tokens, rows and blocks allow.
+    def _measure_load(self, decodes: list[Sequence], prefills: list[Sequence]) -> Load:
+        head, allocator = self._roster.waiting.try_head(), self._roster.allocator
+        return Load(
+            [(one.planned, one.group.request) for one in decodes],
+            [(one.planned, one.group.request) for one in prefills],
+            self.num_waiting,
+            None if head is None else head.group.request,
+            0 if head is None else head.group.arrived_ns,
+            allocator.num_free,
+            self.config.num_blocks,
+        )
+
+    def _place(self, draft: StepDraft, sequence: Sequence, limit: int) -> None:
+        """Add the next row of `sequence`, as far as `limit`, tokens, rows and blocks allow.
 
         A sequence that was preempted earlier in this plan is passed over.
         """
-        if not draft.has_room or sequence.state is not State.RUNNING:
+        if not draft.has_room or limit < 1 or sequence.state is not State.RUNNING:
             return
         start, table, source = sequence.planned, sequence.table, None
-        count = self._make_room(draft, sequence, sequence.get_chunk(draft.tokens_left))
+        is_decode = sequence.gap == 1
+        count = self._make_room(draft, sequence, sequence.get_chunk(min(limit, draft.tokens_left)))
         if count == 0:
             return
         if table.is_shared(start // self.config.block_tokens):
             copy = table.split(start // self.config.block_tokens)
             draft.copies.append(copy)
             source = copy.source
-        grown = self._roster.get_num_blocks(start + count) - len(table)
-        if grown:
+        drafts = self._draft_tokens(draft, sequence) if is_decode else ()
+        grown = self._roster.get_num_blocks(start + count + len(drafts)) - len(table)
+        if grown > 0:
             table.grow(grown)
-        row = sequence.build_row(count)
-        sequence.planned = start + count
+        row = sequence.build_row(count, drafts)
+        sequence.planned = start + len(row.tokens)
         sequence.rows_in_flight += 1
         sequence.group.scored_planned += len(row.scored)
-        draft.add(Placement(sequence, row, grown, source))
+        if draft.room is not None and not is_decode:
+            draft.room.add(start, count)
+        arrives = sequence.kept.host != () and start == sequence.kept.hosted
+        draft.add(Placement(sequence, row, max(0, grown), source, arrives))
+
+    def _draft_tokens(self, draft: StepDraft, sequence: Sequence) -> tuple[Token, ...]:
+        """Tokens to verify behind the next one of `sequence`, where free blocks are plenty."""
+        drafter, known = self._policies.drafter, len(sequence.tokens)
+        spare = self._roster.allocator.num_free - len(self._roster.running)
+        if drafter is None or spare < 1 or sequence.group.unborn:
+            return ()
+        most = min(
+            draft.tokens_left - 1,
+            sequence.group.request.max_new_tokens - sequence.num_new_tokens - 1,
+            min(self.config.context_tokens, self.config.num_blocks * self.config.block_tokens)
+            - known
+            - 1,
+            (len(sequence.table) + spare) * self.config.block_tokens - known,
+        )
+        return drafter.propose(sequence.id, sequence.tokens, most) if most > 0 else ()
+
+    def _try_stride(self, draft: StepDraft, decodes: list[Sequence], iterations: int) -> None:
+        """Place several iterations of these decodes, all that run, if nothing else could happen.
+
+        Blocks nobody holds must suffice without evicting a prefix, because the executor may make
+        fewer iterations than it was asked for.
+        """
+        config, roster, policies = self.config, self._roster, self._policies
+        rows_left = min(config.max_rows, config.step_tokens) - len(decodes)
+        if policies.drafter is not None or rows_left < 0:
+            return
+        head = roster.waiting.try_head()
+        if head is not None and policies.order.changes:
+            return
+        if head is not None and rows_left and self._fits(draft, head, roster.find_prefix(head)):
+            return
+        most = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
+        for one in decodes:
+            left = one.group.request.max_new_tokens - one.num_new_tokens
+            iterations = min(iterations, left, most - len(one.tokens))
+            if (
+                one.group.unborn
+                or one.group.needs_history
+                or one.table.is_shared(one.planned // config.block_tokens)
+            ):
+                return
+        free, count_blocks = len(roster.allocator.free), roster.get_num_blocks
+        while iterations > 1:
+            grown = [
+                max(0, count_blocks(one.planned + iterations) - len(one.table)) for one in decodes
+            ]
+            if sum(grown) <= free:
+                break
+            iterations //= 2
+        else:
+            return
+        draft.iterations = iterations
+        for one, blocks in zip(decodes, grown, strict=True):
+            one.table.grow(blocks)
+            row = one.build_row(1)
+            one.planned += iterations
+            one.rows_in_flight += 1
+            draft.add(Placement(one, row, blocks, None))
 
     def _make_room(self, draft: StepDraft, sequence: Sequence, count: int) -> int:
         """How many of `count` tokens there are blocks for; preempts when there is not one."""
         start, table, block_tokens = sequence.planned, sequence.table, self.config.block_tokens
+        roster, least = self._roster, self._roster.get_num_blocks(sequence.planned + 1)
         while True:
             # Asked anew each time: preempting a sibling may leave its block unshared.
-            spare = self._roster.allocator.num_free - table.is_shared(start // block_tokens)
-            room = (len(table) + spare) * block_tokens - start
-            if room > 0:
-                return min(count, room)
-            victim = draft.try_take_victim(sequence, self._roster.running)
+            spare = roster.allocator.num_free - table.is_shared(start // block_tokens)
+            if len(table) + spare >= least:
+                return min(count, (len(table) + spare) * block_tokens - start)
+            victim = draft.try_take_victim(sequence, roster.running)
             if victim is None:
                 return 0
-            self._roster.preempt(victim)
+            moves = roster.preempt(victim)
             self.num_preemptions += 1
-            self._pending.append(Preempted(victim.id))
+            if moves:
+                self.num_swaps += 1
+                draft.swaps_out += moves
+                draft.moved_out.append(victim)
+            self._pending.append(Preempted(victim.id, bool(moves)))
 
-    def _admit(self, draft: StepDraft, before: Key | None) -> None:
-        """Move waiting sequences that come before `before` into the step, until one does not fit.
+    def _fits(self, draft: StepDraft, head: Sequence, prefix: list[BlockId]) -> bool:
+        """Whether a waiting sequence may run now, as far as blocks and the pace go.
 
-        A sequence alone is admitted when its tokens fit: no spare is kept for nobody. Nobody is
-        admitted without a row in this step, since it would hold blocks for nothing.
+        A sequence alone fits when its tokens do: no spare is kept for nobody.
         """
         roster = self._roster
-        while True:
+        if draft.room is not None and draft.room.newcomers < 1:
+            return False
+        if draft.slack is None:
+            draft.slack = roster.measure_slack()
+        spare = 1 + head.group.unborn if roster.running else 0
+        needed = roster.get_num_blocks(len(head.tokens)) + spare
+        return needed - roster.memory.count_shared(prefix) <= draft.slack
+
+    def _admit(self, draft: StepDraft, now: int, before: Key | None) -> None:
+        """Move waiting sequences that come before `before` into the step, until one does not fit.
+
+        Nobody is admitted without a row in this step, since it would hold blocks for nothing.
+        """
+        roster, changes = self._roster, self._policies.order.changes
+        while draft.has_room:
             head = roster.waiting.try_head()
-            if head is None or not draft.has_room or (before is not None and head.key > before):
+            if head is not None and changes and roster.rank_anew(head, now):
+                roster.waiting.remove(head)
+                roster.waiting.push(head)
+                head = roster.waiting.try_head()
+            if head is None or (before is not None and head.key > before):
                 return
-            if draft.slack is None:
-                draft.slack = roster.measure_slack()
-            needed, spare = roster.get_num_blocks(len(head.tokens)), 1 + head.group.unborn
-            if needed + (spare if roster.running else 0) > draft.slack:
+            prefix = roster.find_prefix(head)
+            start = head.kept.hosted or len(prefix) * self.config.block_tokens
+            if not self._fits(draft, head, prefix) or draft.get_tokens(start) < 1:
                 return
-            draft.slack -= needed + spare
-            roster.admit(head)
-            self._place(draft, head)
+            draft.swaps_in += roster.admit(head, prefix)
+            draft.slack = None
+            if draft.room is not None:
+                draft.room.newcomers -= 1
+            self._place(draft, head, draft.get_tokens(start))
 
     def _find_flight(self, step: int) -> Flight | None:
         return next((flight for flight in self._flights if flight.plan.step == step), None)
 
-    def _settle(self, placement: Placement, result: RowResult, updates: list[Update]) -> None:
-        """Make one row lasting."""
+    def _settle(
+        self, placement: Placement, result: RowResult, made: int, updates: list[Update]
+    ) -> None:
+        """Make one row lasting, of which so many iterations were made."""
         sequence, row = placement.sequence, placement.row
         sequence.rows_in_flight -= 1
         if placement.source is not None:
@@ -317,10 +446,18 @@ class Scheduler:
             self._roster.free_if_settled(sequence)
             return
         sequence.losses = 0
-        sequence.computed = row.start + len(row.tokens) - row.drafts + result.accepted_drafts
-        if row.drafts:
+        accepted = result.accepted_drafts
+        sequence.computed = row.start + len(row.tokens) - row.drafts + accepted + made - 1
+        if sequence.planned > sequence.computed and row.sampling is not None:
             sequence.planned, table = sequence.computed, sequence.table
             table.shrink(len(table) - self._roster.get_num_blocks(sequence.planned))
+        if row.drafts and self._policies.drafter is not None:
+            self.num_drafted += row.drafts
+            self.num_accepted += accepted
+            self._policies.drafter.settle(sequence.id, row.drafts, accepted)
+        if placement.arrives:
+            sequence.kept.forget_host()
+        sequence.kept.name_full(sequence.table, sequence.tokens, sequence.computed)
         sequence.group.scored.extend(result.scored)
         if result.tokens:
             self._emit(sequence, result, updates)
@@ -338,6 +475,8 @@ class Scheduler:
         group = sequence.group
         scored = group.take_scored() if sequence.id.index == 0 and not group.scored_emitted else ()
         updates.append(TokensEmitted(sequence.id, tokens, logprobs, scored))
+        if self._policies.accounts is not None:
+            self._policies.accounts.charge(group.request.tenant, 0, count)
         if ending is not None:
             updates.append(self._roster.end(sequence, ending))
 
@@ -347,7 +486,7 @@ class Scheduler:
         A sequence that has outgrown the whole pool cannot draw another token: that is "length".
         """
         request, config, known = sequence.group.request, self.config, len(sequence.tokens)
-        new_tokens = known - len(request.prompt)
+        new_tokens = sequence.num_new_tokens
         if sequence.tokens[-1] in request.stop_tokens and new_tokens >= request.min_new_tokens:
             return Finished("stop")
         most = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
@@ -368,6 +507,8 @@ class Scheduler:
         sequence.table.shrink(placement.grown)
         if source is not None:
             sequence.table.rejoin(start // self.config.block_tokens, source)
+        if placement.arrives:
+            self._roster.return_to_line(sequence)
 
     def _take_pending(self) -> list[Update]:
         pending, self._pending = self._pending, []

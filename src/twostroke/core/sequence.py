@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from twostroke.core.types import Request, Row, SequenceId, Token, TokenLogprob
 from twostroke.kv.blocks import BlockTable
+from twostroke.kv.memory import KeptKV
 
 Key = tuple[tuple[int, ...], int, int]  # policy's rank, order of arrival, index
 
@@ -36,14 +37,17 @@ class State(enum.Enum):
 class Group:
     """A request and what its sequences share.
 
-    live: sequences not ended. unborn: those of them in state UNBORN. scored: log-probabilities of
-    prompt[1:], as far as committed; scored_planned counts those in flight too.
+    arrived_ns: when it was submitted. live: sequences not ended. unborn: those of them in state
+    UNBORN. charged: its prompt was charged to the tenant. scored: log-probabilities of prompt[1:],
+    as far as committed; scored_planned counts those in flight too.
     """
 
     request: Request
+    arrived_ns: int
     live: int
     unborn: int
     needs_history: bool
+    charged: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     scored: list[TokenLogprob] = field(default_factory=list)
     scored_planned: int = 0
@@ -59,8 +63,8 @@ class Group:
 class Sequence:
     """One continuation; `key` orders it among all others, smaller first.
 
-    rows_in_flight: rows in steps neither committed nor lost. ticket: its live entry in the waiting
-    queue. losses: lost steps since the last committed one.
+    rows_in_flight: rows in steps neither committed nor lost. losses: lost steps since the last
+    committed one.
     """
 
     id: SequenceId
@@ -68,12 +72,17 @@ class Sequence:
     key: Key
     tokens: list[Token]
     table: BlockTable
+    kept: KeptKV
     state: State = State.UNBORN
     computed: int = 0
     planned: int = 0
     rows_in_flight: int = 0
-    ticket: int = -1
     losses: int = 0
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Known tokens that are not of the prompt."""
+        return len(self.tokens) - len(self.group.request.prompt)
 
     @property
     def gap(self) -> int:
@@ -101,8 +110,8 @@ class Sequence:
             count = min(count, edge - self.planned)
         return count
 
-    def build_row(self, count: int) -> Row:
-        """The row of the next `count` tokens; its blocks must be in the table already."""
+    def build_row(self, count: int, drafts: tuple[Token, ...] = ()) -> Row:
+        """The row of the next `count` tokens and `drafts`; the table must have their blocks."""
         group, start, end = self.group, self.planned, self.planned + count
         request = group.request
         samples = end == len(self.tokens)
@@ -110,13 +119,13 @@ class Sequence:
         scores = start == group.scored_planned and self.is_scored
         return Row(
             self.id,
-            tuple(self.tokens[start:end]),
+            (*self.tokens[start:end], *drafts),
             start,
             self.table.get_blocks(),
             request.sampling if samples else None,
             tuple(self.tokens) if shows_history else (),
             len(request.prompt) if shows_history else 0,
-            0,
+            len(drafts),
             request.prompt[start + 1 : end + 1] if scores else (),
             request.prompt_logprobs or 0 if scores else 0,
         )
@@ -124,4 +133,4 @@ class Sequence:
     def forget_kv(self) -> None:
         """Drop all blocks; everything known has to be computed again."""
         self.table.clear()
-        self.computed = self.planned = 0
+        self.computed = self.planned = self.kept.named = 0

@@ -11,41 +11,61 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from twostroke.core.policy import Room
 from twostroke.core.sequence import Sequence, State
-from twostroke.core.types import BlockCopy, BlockId, Row, RowResult, StepOutcome, StepPlan
+from twostroke.core.types import (
+    BlockCopy,
+    BlockId,
+    BlockSwap,
+    Row,
+    RowResult,
+    StepOutcome,
+    StepPlan,
+)
 from twostroke.errors import ExecutorLost
 
 
 @dataclass(slots=True, eq=False)
 class Placement:
-    """A row and how to undo it: blocks its table grew by, and the block it split off from."""
+    """A row and how to undo it: blocks its table grew by, and the block it split off from.
+
+    arrives: its sequence's KV comes in from host memory in the same step.
+    """
 
     sequence: Sequence
     row: Row
     grown: int
     source: BlockId | None
+    arrives: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A step neither committed nor lost."""
+    """A step neither committed nor lost. moved_out: sequences whose KV it moves to host memory."""
 
     plan: StepPlan
     placements: list[Placement]
+    moved_out: list[Sequence]
 
 
 @dataclass(slots=True, eq=False)
 class StepDraft:
     """A step being planned: what is left of its budgets, and its rows and block copies so far.
 
-    slack: free blocks that newcomers may count on; None until somebody asks.
+    slack: free blocks that newcomers may count on; None until somebody asks. room: what the pace
+    leaves to prompts; None for all there is.
     """
 
     tokens_left: int
     rows_left: int
+    room: Room | None = None
+    iterations: int = 1
     placements: list[Placement] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    swaps_out: list[BlockSwap] = field(default_factory=list)
+    swaps_in: list[BlockSwap] = field(default_factory=list)
+    moved_out: list[Sequence] = field(default_factory=list)
     slack: int | None = None
     _candidates: list[Sequence] | None = None
 
@@ -53,6 +73,11 @@ class StepDraft:
     def has_room(self) -> bool:
         """True while another row of at least one token fits."""
         return self.tokens_left > 0 and self.rows_left > 0
+
+    def get_tokens(self, start: int) -> int:
+        """Most tokens of a prompt's row from position `start`."""
+        left = self.tokens_left
+        return left if self.room is None else min(left, self.room.get_tokens(start))
 
     def add(self, placement: Placement) -> None:
         """Append a row."""
@@ -77,7 +102,14 @@ class StepDraft:
 
     def build(self, step: int) -> StepPlan:
         """The finished plan."""
-        return StepPlan(step, tuple(self.rows), tuple(self.copies))
+        return StepPlan(
+            step,
+            tuple(self.rows),
+            tuple(self.copies),
+            tuple(self.swaps_out),
+            tuple(self.swaps_in),
+            self.iterations,
+        )
 
 
 def check_outcome(outcome: StepOutcome, plan: StepPlan, vocab_size: int) -> None:
@@ -85,13 +117,16 @@ def check_outcome(outcome: StepOutcome, plan: StepPlan, vocab_size: int) -> None
     if len(outcome.results) != len(plan.rows):
         counts = f"{len(outcome.results)} results for {len(plan.rows)} rows"
         raise ExecutorLost(f"step {plan.step}: {counts}")
+    made = len(outcome.iteration_ns) or 1
+    if made > plan.iterations:
+        raise ExecutorLost(f"step {plan.step}: {made} iterations of {plan.iterations}")
     for row, result in zip(plan.rows, outcome.results, strict=True):
-        fault = _find_fault(row, result, vocab_size)
+        fault = _find_fault(row, result, made, vocab_size)
         if fault:
             raise ExecutorLost(f"step {plan.step}, row of {row.sequence}: {fault}")
 
 
-def _find_fault(row: Row, result: RowResult, vocab_size: int) -> str:
+def _find_fault(row: Row, result: RowResult, made: int, vocab_size: int) -> str:
     """What is wrong with `result`, or an empty string."""
     # The plan's own id object usually comes back; identity spares a comparison of two strings.
     if result.sequence is not row.sequence and result.sequence != row.sequence:
@@ -99,8 +134,8 @@ def _find_fault(row: Row, result: RowResult, vocab_size: int) -> str:
     tokens, accepted = result.tokens, result.accepted_drafts
     if not 0 <= accepted <= row.drafts:
         return f"{accepted} drafts accepted of {row.drafts}"
-    if len(tokens) != (0 if row.sampling is None else accepted + 1):
-        return f"{len(tokens)} tokens with {accepted} drafts accepted"
+    if len(tokens) != (0 if row.sampling is None else accepted + made):
+        return f"{len(tokens)} tokens with {accepted} drafts accepted in {made} iterations"
     for token in tokens:
         if type(token) is not int or not 0 <= token < vocab_size:
             return f"token {token!r} is no integer in 0 … {vocab_size - 1}"

@@ -3,13 +3,17 @@
 Owns the reference counts of the pool's blocks and the block tables of sequences. A block has
 *references* (tables that list it) and *pins* (steps in flight that still need its contents, so
 that a lost copy can be made again). It is free exactly when it has neither; nothing else decides
-that. Only block ids live here, never KV bytes. A block that two tables list is never written: the
-writer splits off a copy first (copy-on-write).
+that. A free block that holds a named prefix is idle: it may be taken like any other, after those
+that hold nothing, or be shared again. Only block ids live here, never KV bytes. A block that two
+tables list is never written: the writer splits off a copy first (copy-on-write).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from twostroke.kv.moves import BlockCopy, BlockId
+from twostroke.kv.prefix import PrefixIndex
 
 
 class BlockAllocator:
@@ -17,30 +21,34 @@ class BlockAllocator:
 
     references, pins: indexed by block. free: a stack, whose last is taken next: a block freed last
     is the likeliest to be in a cache still, and reusing it at once makes a use after free show.
+    prefixes: the names of blocks, and the free blocks that have one.
     """
 
-    __slots__ = ("free", "pins", "references")
+    __slots__ = ("free", "pins", "prefixes", "references")
 
     def __init__(self, num_blocks: int) -> None:
         self.free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
         self.references = [0] * num_blocks
         self.pins = [0] * num_blocks
+        self.prefixes = PrefixIndex()
 
     @property
     def num_free(self) -> int:
         """Blocks that can be taken now."""
-        return len(self.free)
+        return len(self.free) + len(self.prefixes.idle)
 
     def take(self) -> BlockId:
         """Take a free block with one reference; there must be one (`num_free`)."""
-        assert self.free, "take from an empty free list: the caller checks num_free first"
-        block = self.free.pop()
+        assert self.num_free, "take from an empty pool: the caller checks num_free first"
+        block = self.free.pop() if self.free else self.prefixes.evict()
         self.references[block] = 1
         return block
 
     def share(self, block: BlockId) -> None:
-        """Add a reference to a block that is not free."""
-        assert self.references[block] or self.pins[block], f"block {block} is free"
+        """Add a reference to a block that is held, pinned or idle."""
+        if not self.references[block] and not self.pins[block]:
+            assert block in self.prefixes.idle, f"block {block} is free"
+            del self.prefixes.idle[block]
         self.references[block] += 1
 
     def drop(self, block: BlockId) -> None:
@@ -48,7 +56,7 @@ class BlockAllocator:
         references = self.references[block] - 1
         assert references >= 0, f"block {block} has no reference to drop"
         self.references[block] = references
-        if not references and not self.pins[block]:
+        if not references and not self.pins[block] and not self.prefixes.try_retire(block):
             self.free.append(block)
 
     def pin(self, block: BlockId) -> None:
@@ -61,7 +69,7 @@ class BlockAllocator:
         pins = self.pins[block] - 1
         assert pins >= 0, f"block {block} has no pin to undo"
         self.pins[block] = pins
-        if not pins and not self.references[block]:
+        if not pins and not self.references[block] and not self.prefixes.try_retire(block):
             self.free.append(block)
 
 
@@ -96,6 +104,13 @@ class BlockTable:
     def grow(self, count: int) -> None:
         """Append `count` fresh blocks."""
         self._blocks.extend(self._allocator.take() for _ in range(count))
+        self._shown = None
+
+    def adopt(self, blocks: Sequence[BlockId]) -> None:
+        """Append blocks that hold a known prefix, one reference each."""
+        for block in blocks:
+            self._allocator.share(block)
+        self._blocks.extend(blocks)
         self._shown = None
 
     def shrink(self, count: int) -> None:

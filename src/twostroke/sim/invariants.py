@@ -53,7 +53,6 @@ def _check_marks(
     steps = [flight.plan.step for flight in scheduler._flights]
     assert steps == sorted(set(steps)), "flights: out of order"
     rows = Counter(id(place.sequence) for place in placements)
-    block_tokens = scheduler.config.block_tokens
     for one in sequences:
         name = one.id
         assert one.rows_in_flight == rows[id(one)], f"{name}: rows in flight miscounted"
@@ -62,8 +61,8 @@ def _check_marks(
             assert one.computed < len(one.tokens), f"{name}: nothing left to compute"
             assert one.rows_in_flight or one.computed == one.planned, f"{name}: planned in no step"
             assert one.rows_in_flight or one.gap > 0, f"{name}: runs without a gap"
-            num_blocks = -(-one.planned // block_tokens)
-            assert len(one.table) == num_blocks, (
+            num_blocks = scheduler._roster.get_num_blocks(one.planned)
+            assert len(one.table) == (num_blocks if one.planned else 0), (
                 f"{name}: more or fewer blocks than its tokens need"
             )
         elif one.state in (State.WAITING, State.UNBORN):
@@ -95,8 +94,10 @@ def _check_blocks(
         assert len(set(blocks)) == len(blocks), f"{one.id}: lists a block twice"
         references.update(blocks)
     pins = Counter(place.source for place in placements if place.source is not None)
-    free = allocator.free
+    free = [*allocator.free, *allocator.prefixes.idle]
     assert len(set(free)) == len(free), "blocks: one is free twice"
+    host = [*scheduler._roster.memory.free_host, *(h for one in sequences for h in one.kept.host)]
+    assert sorted(host) == list(range(scheduler.config.host_blocks)), "host: a block leaked"
     listed_free = frozenset(free)
     for block, counted in enumerate(zip(allocator.references, allocator.pins, strict=True)):
         held = references[block], pins[block]
