@@ -63,7 +63,7 @@ class FirstCome:
 
     changes = False
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """The same for all: the scheduler appends the order of arrival."""
         return ()
 
@@ -89,7 +89,7 @@ class AgeingPriority:
         self.age_ns = age_ns
         self._arrivals: _Notes[int] = _Notes()
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """When the request would have arrived to stand where it stands at priority 0."""
         arrival_ns = self._arrivals.find(request)
         if arrival_ns is None:
@@ -118,7 +118,7 @@ class ShortestRemaining:
         self._tenants: dict[str, int] = {}  # running mean length in 16ths of a token
         self._everybody = 0
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """The predicted number of new tokens still to come, at least 1."""
         predicted = self._predicted.find(request)
         if predicted is None:
@@ -145,13 +145,11 @@ class EarliestDeadline:
     """Earliest deadline for the first token first (Liu & Layland 1973, §7).
 
     The deadline is arrival + `Request.ttft_ns`, or + `horizon_ns` where the request names none. A
-    request that can no longer meet its own, because the predicted time of its prompt alone is more
-    than what is left, would spend the time of others in vain: it counts as due `horizon_ns` later,
-    until its first token. Ranks therefore lag arrival by at most ttft + horizon, so nothing
-    starves: a request is overtaken by nobody who arrives later than that after it.
-
-    Lateness is judged by the whole prompt, since an order does not hear how much of it is computed
-    already. Raises InvalidParameter when horizon_ns is below 1.
+    request that can no longer meet its own, because what is left of its prompt is predicted to take
+    longer than that even alone and in one step, would spend the time of others in vain: it counts
+    as due `horizon_ns` later, until its first token. Ranks therefore lag arrival by at most ttft +
+    horizon, so nothing starves: nobody who arrives later than that after a request overtakes it.
+    Raises InvalidParameter when horizon_ns is below 1.
     """
 
     changes = True
@@ -161,24 +159,23 @@ class EarliestDeadline:
             raise InvalidParameter("horizon_ns", f"must be at least 1, not {horizon_ns}")
         self.horizon_ns = horizon_ns
         self._cost = cost
-        self._due: _Notes[tuple[int, int]] = _Notes()  # deadline, latest start that meets it
+        self._deadlines: _Notes[int] = _Notes()
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """When the first token is due."""
-        deadline_ns, latest_ns = self._due.find(request) or self._note(request, now)
-        is_late = not new_tokens and request.ttft_ns and now > latest_ns
-        return (deadline_ns + self.horizon_ns if is_late else deadline_ns,)
+        deadline_ns = self._deadlines.find(request)
+        if deadline_ns is None:
+            due_ns = now + (request.ttft_ns or self.horizon_ns)
+            deadline_ns = self._deadlines.keep(request, due_ns)
+        if new_tokens == 0 and request.ttft_ns:
+            left = self._cost.get_row_totals(max(1, len(request.prompt) - computed), computed, 1)
+            if now + self._cost.predict_ns(left) > deadline_ns:
+                deadline_ns += self.horizon_ns
+        return (deadline_ns,)
 
     def end(self, request: Request, new_tokens: int) -> None:
         """Drop what was noted."""
-        self._due.drop(request)
-
-    def _note(self, request: Request, now: int) -> tuple[int, int]:
-        if not request.ttft_ns:
-            return self._due.keep(request, (now + self.horizon_ns, 0))
-        prompt = self._cost.get_row_totals(len(request.prompt), 0, 1)
-        deadline_ns = now + request.ttft_ns
-        return self._due.keep(request, (deadline_ns, deadline_ns - self._cost.predict_ns(prompt)))
+        self._deadlines.drop(request)
 
 
 def _follow(mean: int, new_tokens: int) -> int:

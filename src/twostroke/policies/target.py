@@ -13,7 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from twostroke.core.policy import Load, Room
-from twostroke.core.types import Request, Row, StepOutcome, StepPlan
+from twostroke.core.types import Row, StepOutcome, StepPlan
 from twostroke.errors import InvalidParameter
 from twostroke.policies.pace import EVERYBODY
 from twostroke.spec.cost import StepCost
@@ -58,6 +58,7 @@ class TargetPace:
         self.itl_ns = itl_ns
         self._mixed = Correction()
         self._other = Correction()
+        self._noted = 0  # steps
         # (pairs, keys) of a decode by block of its position; at most one entry a block of context.
         self._decodes: dict[int, tuple[int, int]] = {}
 
@@ -68,17 +69,26 @@ class TargetPace:
     def note_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Compare measured with predicted time.
 
-        Prompts' rows come last in a plan. Steps of decodes alone only matter until mixed ones were
-        seen, so few of them are looked at. Moving KV to or from the host is not predicted here.
+        Prompts' rows come last in a plan. Steps of other kinds only matter until mixed ones were
+        seen, and few of those of decodes alone are looked at. A plan of several iterations counts
+        as so many steps. Moving KV to or from the host is not predicted here.
         """
-        rows = plan.rows
-        is_prompt = _is_prompt(rows[-1])
-        is_mixed = is_prompt and not _is_prompt(rows[0])
-        if plan.swaps_in or plan.swaps_out or (not is_prompt and plan.step % _DECODE_STRIDE):
+        rows, iteration_ns = plan.rows, outcome.iteration_ns or (outcome.duration_ns,)
+        first, self._noted = self._noted, self._noted + len(iteration_ns)
+        has_prompt = _is_prompt(rows[-1])
+        is_mixed = has_prompt and not _is_prompt(rows[0])
+        if plan.swaps_in or plan.swaps_out or (self._mixed.is_trusted and not is_mixed):
             return
-        measured_ns = outcome.iteration_ns[0] if outcome.iteration_ns else outcome.duration_ns
-        predicted_ns = self.cost.predict_ns(self._sum_rows(rows))
-        (self._mixed if is_mixed else self._other).note(measured_ns, predicted_ns)
+        if is_mixed or has_prompt:
+            predicted_ns = self.cost.predict_ns(self._sum_rows(rows))
+            (self._mixed if is_mixed else self._other).note(iteration_ns[0], predicted_ns)
+            return
+        # Of many iterations in one go, those that single steps would have looked at, and of those
+        # the last, because the window forgets the others.
+        looked_at = range(-first % _DECODE_STRIDE, len(iteration_ns), _DECODE_STRIDE)
+        for ahead in looked_at[-_WINDOW:]:
+            totals = self._sum_rows(rows, ahead)
+            self._other.note(iteration_ns[ahead], self.cost.predict_ns(totals))
 
     def get_limit_ns(self, itl_ns: int) -> int:
         """The longest predicted time that is believed to keep a measured one within itl_ns."""
@@ -104,8 +114,9 @@ class TargetPace:
         count = len(positions)
         return StepTotals(count, count, count, pairs, keys, pairs, keys)
 
-    def _sum_rows(self, rows: tuple[Row, ...]) -> StepTotals:
-        totals = self.sum_decodes([row.start for row in rows if len(row.tokens) == 1])
+    def _sum_rows(self, rows: tuple[Row, ...], ahead: int = 0) -> StepTotals:
+        """Totals of a plan's rows, decodes `ahead` iterations later."""
+        totals = self.sum_decodes([row.start + ahead for row in rows if len(row.tokens) == 1])
         for row in rows:
             if len(row.tokens) > 1:
                 sampled = len(row.scored) + (0 if row.sampling is None else 1 + row.drafts)
@@ -116,41 +127,58 @@ class TargetPace:
 
 
 class TargetRoom:
-    """The room of one step under a TargetPace; nothing is predicted unless a prompt asks."""
+    """The room of one step under a TargetPace; nothing is predicted unless a prompt asks.
 
-    __slots__ = ("_decodes", "_left", "_limit_ns", "_pace", "_placed", "_totals", "_verge")
+    Rows that are added before that are decodes with drafts.
+    """
 
-    newcomers = EVERYBODY
-    wake_ns = 0
+    __slots__ = (
+        "_decodes",
+        "_left",
+        "_limit_ns",
+        "_pace",
+        "_placed",
+        "_totals",
+        "_verge",
+        "newcomers",
+        "wake_ns",
+    )
 
     def __init__(self, pace: TargetPace, load: Load) -> None:
+        self.newcomers = EVERYBODY
+        self.wake_ns = 0
         self._pace = pace
         self._decodes = load.decodes
         self._left = pace.step_tokens - len(load.decodes)
         self._limit_ns = -1  # not asked for yet; 0 for no limit
         self._totals = StepTotals()
         self._placed = 0
-        self._verge = EVERYBODY  # tokens with which the step reaches its limit
+        self._verge = EVERYBODY  # prompt tokens with which the step reaches its limit
 
-    def get_tokens(self, start: int) -> int:
+    def get_tokens(self, start: int, wanted: int) -> int:
         """Most tokens of one more prompt row that begins at position `start`."""
         if self._limit_ns < 0:
             self._measure()
-        if self._left <= 0 or self._placed >= self._verge:
+        most = min(wanted, self._left)
+        if most <= 0 or self._placed >= self._verge:
             return 0
         if not self._limit_ns:
-            return self._left
-        most = self._find(start)
-        if most < self._left:
-            self._verge = self._placed + most
-        return most
+            return most
+        found = self._find(start, most)
+        if found < most:
+            self._verge = self._placed + found
+        return found
 
     def add(self, start: int, tokens: int) -> None:
         """Count a row in."""
-        row = self._pace.cost.get_row_totals(tokens, start, 1)
-        self._totals = add_totals(self._totals, row)
-        self._left -= tokens
-        self._placed += tokens
+        if self._limit_ns:
+            row = self._pace.cost.get_row_totals(tokens, start, 1)
+            self._totals = add_totals(self._totals, row)
+        if self._limit_ns < 0:
+            self._left -= tokens - 1
+        else:
+            self._left -= tokens
+            self._placed += tokens
 
     def _measure(self) -> None:
         """Sum the decodes up and find the tightest of their targets."""
@@ -162,14 +190,14 @@ class TargetRoom:
             decodes = self._pace.sum_decodes([position for position, _ in self._decodes])
             self._totals = add_totals(self._totals, decodes)
 
-    def _find(self, start: int) -> int:
+    def _find(self, start: int, most: int) -> int:
         cost, totals = self._pace.cost, self._totals
 
         def predict(tokens: int) -> int:
             return cost.predict_ns(add_totals(totals, cost.get_row_totals(tokens, start, 1)))
 
-        most = find_most_tokens(predict, self._left, self._limit_ns)
-        return most if most or self._placed else min(BLOCK_TOKENS, self._left)
+        found = find_most_tokens(predict, most, self._limit_ns)
+        return found if found or self._placed else min(BLOCK_TOKENS, most)
 
 
 class Correction:
@@ -244,8 +272,3 @@ def get_least_itl_ns(cost: StepCost) -> int:
 
 def _is_prompt(row: Row) -> bool:
     return len(row.tokens) - row.drafts > 1
-
-
-def get_itl_ns(request: Request, default_ns: int) -> int:
-    """The request's own target between tokens, else the default; 0 for none."""
-    return request.itl_ns or default_ns
