@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from step_costs import LinearStepCost
 
+from step_costs import LinearStepCost
 from twostroke.errors import InvalidParameter
 from twostroke.policies.preempt import build_swap_choice
 
