@@ -3,22 +3,107 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from scheduler_model import Driver
-from twostroke.core.types import Finished, Idle, Request, SamplingSpec, SchedulerConfig
+from scheduler_model import Driver, RandomDrafter
+from twostroke.core.policy import Load, Policies, PriorityThenArrival
+from twostroke.core.types import (
+    Finished,
+    Idle,
+    Request,
+    SamplingSpec,
+    SchedulerConfig,
+    StepOutcome,
+    StepPlan,
+)
 
 VOCAB_SIZE = 17
 
 
 def draw_config(rng: random.Random) -> SchedulerConfig:
     """Small sizes, so that every limit is met often."""
+    num_blocks, block_tokens = rng.randint(2, 14), rng.randint(1, 5)
+    reserve_tokens = min(rng.choice([0, 0, 0, 4]), num_blocks * block_tokens)
     return SchedulerConfig(
-        num_blocks=rng.randint(2, 14),
-        block_tokens=rng.randint(1, 5),
+        num_blocks=num_blocks,
+        block_tokens=block_tokens,
         step_tokens=rng.choice([1, 2, 5, 8, 16, 64]),
         max_rows=rng.randint(1, 7),
         context_tokens=rng.randint(3, 32),
         vocab_size=VOCAB_SIZE,
+        host_blocks=rng.choice([0, 0, 3, 12]),
+        watermark_blocks=rng.choice([0, 0, 1, 4]),
+        reserve_tokens=reserve_tokens,
+        cache_seed="" if reserve_tokens else rng.choice(["", "model"]),
+    )
+
+
+class FakeAccounts:
+    """Counts what each tenant had."""
+
+    def __init__(self) -> None:
+        self.debts: dict[str, int] = {}
+
+    def lift(self, tenant: str, waiting: Iterable[str]) -> None:
+        others = [self.debts.get(one, 0) for one in waiting if one != tenant]
+        self.debts[tenant] = max(self.debts.get(tenant, 0), min(others, default=0))
+
+    def get_debt(self, tenant: str) -> int:
+        return self.debts[tenant]
+
+    def charge(self, tenant: str, prompt_tokens: int, new_tokens: int) -> None:
+        self.debts[tenant] = self.debts.get(tenant, 0) + prompt_tokens + 2 * new_tokens
+
+
+class FewestLeft:
+    """An order whose ranks change with every token and now and then with time."""
+
+    changes = True
+
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> tuple[int, ...]:
+        return (now // 40_000 * request.priority, request.max_new_tokens - new_tokens, -computed)
+
+    def end(self, request: Request, new_tokens: int) -> None:
+        assert 0 <= new_tokens <= request.max_new_tokens
+
+
+@dataclass
+class FakeRoom:
+    """So many prompt tokens, each row cut to a length that depends on where it starts."""
+
+    newcomers: int
+    left: int
+    wake_ns: int = 0
+
+    def get_tokens(self, start: int, wanted: int) -> int:
+        return max(0, min(wanted, self.left, 1 + start % 3))
+
+    def add(self, start: int, tokens: int) -> None:
+        self.left -= tokens
+
+
+class FakePace:
+    """A room that shrinks with the load, but never to nothing when nobody else would proceed."""
+
+    def open_step(self, load: Load, now: int) -> FakeRoom:
+        busy = len(load.decodes)
+        assert load.waiting == 0 or load.head is not None
+        alone = not busy and not load.prefills
+        return FakeRoom(1 if alone else now // 1000 % 3, 1 if busy % 2 else 6)
+
+    def note_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        assert plan.step == outcome.step
+
+
+def draw_policies(rng: random.Random, config: SchedulerConfig) -> Policies:
+    """Any mixture of choices."""
+    return Policies(
+        order=rng.choice([PriorityThenArrival, FewestLeft])(),
+        accounts=rng.choice([None, FakeAccounts()]),
+        pace=rng.choice([None, FakePace()]),
+        drafter=rng.choice([None, RandomDrafter(config)]),
+        prefers_swap=lambda tokens, blocks: tokens % 3 > 0,
     )
 
 
@@ -33,7 +118,7 @@ def draw_request(rng: random.Random, id: str, config: SchedulerConfig) -> Reques
     )
     return Request(
         id=id,
-        prompt=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
+        prompt=draw_prompt(rng, length),
         max_new_tokens=rng.choice([1, 2, 5, 12, 1000, 1000]),
         sampling=sampling,
         n=rng.choice([1, 1, 1, 2, 3, 5]),
@@ -41,7 +126,17 @@ def draw_request(rng: random.Random, id: str, config: SchedulerConfig) -> Reques
         min_new_tokens=rng.choice([0, 0, 1, 4]),
         prompt_logprobs=rng.choice([None, None, 3]),
         priority=rng.choice([0, 0, 0, -1, 1]),
+        tenant=rng.choice(["", "a", "b"]),
+        cache_scope=rng.choice(["", "", "salt"]),
     )
+
+
+def draw_prompt(rng: random.Random, length: int) -> tuple[int, ...]:
+    """Often a beginning that others have too, and then something of its own."""
+    shared = rng.choice([0, length // 2, length])
+    start = rng.choice([3, 8])
+    own = [rng.randrange(VOCAB_SIZE) for _ in range(length - shared)]
+    return (*((start + place) % VOCAB_SIZE for place in range(shared)), *own)
 
 
 class RandomRun:
@@ -49,7 +144,8 @@ class RandomRun:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.driver = Driver(draw_config(self.rng))
+        config = draw_config(self.rng)
+        self.driver = Driver(config, draw_policies(self.rng, config))
         self.num_requests = 0
 
     def step(self) -> None:
@@ -61,7 +157,7 @@ class RandomRun:
         elif choice < 0.16:
             self._cancel()
         elif choice < 0.52:
-            driver.plan()
+            driver.plan(rng.choice([1, 1, 2, 7, 100]))
             if rng.random() < 0.3:
                 driver.run_ahead()
         elif choice < 0.90:

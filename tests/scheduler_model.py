@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twostroke.core.policy import Policies
@@ -110,6 +110,7 @@ class FakeExecutor:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.cells = [[GARBAGE] * config.block_tokens for _ in range(config.num_blocks)]
+        self.host = [[GARBAGE] * config.block_tokens for _ in range(config.host_blocks)]
 
     def write(self, blocks: Sequence[BlockId], start: int, chain: Sequence[int]) -> None:
         """Put chain numbers at positions from `start` on."""
@@ -118,39 +119,102 @@ class FakeExecutor:
             self.cells[blocks[block]][offset] = value
 
     def run(self, step: Running) -> StepOutcome:
-        """Copy blocks, write every row's KV, then check all that every row can see."""
-        for copy in step.plan.copies:
+        """Move blocks, write every row's KV, then check all that every row can see."""
+        plan = step.plan
+        for move in plan.swaps_out:
+            self.host[move.host] = list(self.cells[move.block])
+        for move in plan.swaps_in:
+            self.cells[move.block] = list(self.host[move.host])
+        for copy in plan.copies:
             self.cells[copy.target] = list(self.cells[copy.source])
-        rows = list(zip(step.plan.rows, step.told, strict=True))
-        for row, told in rows:
-            end = row.start + len(row.tokens)
-            self.write(row.blocks, row.start, told.chain[row.start : end])
-        results = tuple(self._answer(row, told) for row, told in rows)
-        step.outcome = StepOutcome(step.plan.step, results, 1000)
+        rows = list(zip(plan.rows, step.told, strict=True))
+        chains = [told.chain[: row.start + len(row.tokens) - row.drafts] for row, told in rows]
+        for (row, _), chain in zip(rows, chains, strict=True):
+            extend_chain(chain, row.tokens[len(row.tokens) - row.drafts :])
+            self.write(row.blocks, row.start, chain[row.start :])
+        results = [
+            self._answer(row, told, chain) for (row, told), chain in zip(rows, chains, strict=True)
+        ]
+        # An executor may make fewer iterations than it was asked for.
+        made = 1 + plan.step % plan.iterations
+        for _ in range(made - 1):
+            for place, ((row, told), chain) in enumerate(zip(rows, chains, strict=True)):
+                extend_chain(chain, results[place].tokens[-1:])
+                self.write(row.blocks, len(chain) - 1, chain[-1:])
+                more = self._answer(replace(row, scored=()), told, chain)
+                last = results[place]
+                results[place] = replace(
+                    last, tokens=last.tokens + more.tokens, logprobs=last.logprobs + more.logprobs
+                )
+        times = (1000,) * made if plan.iterations > 1 else ()
+        step.outcome = StepOutcome(plan.step, tuple(results), 1000 * made, times)
         return step.outcome
 
     def damage(self, step: Running) -> None:
         """Leave rubbish wherever the step was allowed to write."""
-        for copy in step.plan.copies:
-            self.cells[copy.target] = [GARBAGE] * self.config.block_tokens
+        rubbish = [GARBAGE] * self.config.block_tokens
+        for move in step.plan.swaps_out:
+            self.host[move.host] = list(rubbish)
+        for block in (
+            *(move.block for move in step.plan.swaps_in),
+            *(copy.target for copy in step.plan.copies),
+        ):
+            self.cells[block] = list(rubbish)
         for row in step.plan.rows:
-            self.write(row.blocks, row.start, [GARBAGE] * len(row.tokens))
+            tokens = len(row.tokens) + step.plan.iterations - 1
+            self.write(row.blocks, row.start, [GARBAGE] * tokens)
 
-    def _answer(self, row: Row, told: Told) -> RowResult:
-        end, block_tokens = row.start + len(row.tokens), self.config.block_tokens
+    def _answer(self, row: Row, told: Told, chain: list[int]) -> RowResult:
+        """What a row draws, whose tokens so far are those of `chain`."""
+        end, block_tokens = len(chain), self.config.block_tokens
         seen = [value for block in row.blocks for value in self.cells[block]][:end]
         assert len(row.blocks) * block_tokens >= end, f"{row.sequence}: too few blocks"
-        assert seen == told.chain[:end], f"{row.sequence}: its blocks do not hold its tokens"
+        assert seen == chain, f"{row.sequence}: its blocks do not hold its tokens"
         scored = tuple(
             TokenLogprob(token, score(told.chain[position]))
             for position, token in enumerate(row.scored, row.start)
         )
         if row.sampling is None:
             return RowResult(row.sequence, scored=scored)
-        token = draw_token(told.request, told.index, told.chain[end - 1], self.config.vocab_size)
+        drafts = row.tokens[len(row.tokens) - row.drafts :]
+        tokens: list[Token] = []
+        for place in range(row.drafts + 1):
+            at = end - 1 - row.drafts + place
+            tokens.append(draw_token(told.request, told.index, chain[at], self.config.vocab_size))
+            if place < row.drafts and tokens[-1] != drafts[place]:
+                break
         wanted = row.sampling.logprobs is not None
-        logprobs = (TokenLogprob(token, -1.0),) if wanted else ()
-        return RowResult(row.sequence, (token,), logprobs=logprobs, scored=scored)
+        logprobs = tuple(TokenLogprob(token, -1.0) for token in tokens) if wanted else ()
+        return RowResult(row.sequence, tuple(tokens), len(tokens) - 1, logprobs, scored)
+
+
+class RandomDrafter:
+    """Drafts by a hash of what it is shown: often right, since it knows how tokens are drawn."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.requests: dict[str, Request] = {}
+        self.counts: dict[SequenceId, tuple[int, int]] = {}
+
+    def propose(self, id: SequenceId, tokens: Sequence[Token], most: int) -> tuple[Token, ...]:
+        chain: list[int] = []
+        extend_chain(chain, tokens)
+        drafts: list[Token] = []
+        while len(drafts) < min(most, chain[-1] % 5):
+            right = chain[-1] % 7 < 5
+            request = self.requests[id.request]
+            token = draw_token(request, id.index, chain[-1], self.config.vocab_size)
+            drafts.append(token if right else chain[-1] % self.config.vocab_size)
+            extend_chain(chain, drafts[-1:])
+        return tuple(drafts)
+
+    def settle(self, id: SequenceId, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted
+        before = self.counts.get(id, (0, 0))
+        self.counts[id] = before[0] + drafted, before[1] + accepted
+
+    def forget(self, id: SequenceId) -> None:
+        self.counts.pop(id, None)
 
 
 class Driver:
@@ -163,6 +227,7 @@ class Driver:
         self.config = config
         self.scheduler = Scheduler(config, policies)
         self.executor = FakeExecutor(config)
+        self.policies = policies
         self.told: dict[SequenceId, Told] = {}
         self.flights: deque[Running] = deque()
         self.reserved: dict[str, tuple[tuple[BlockId, ...], list[int]]] = {}
@@ -177,6 +242,8 @@ class Driver:
     def submit(self, request: Request) -> Accepted | Rejected:
         answer = self.scheduler.submit(request, self._tick())
         if isinstance(answer, Accepted):
+            if self.policies is not None and isinstance(self.policies.drafter, RandomDrafter):
+                self.policies.drafter.requests[request.id] = request
             self.num_sequences += request.n
             for index in range(request.n):
                 chain: list[int] = []
@@ -197,8 +264,9 @@ class Driver:
         assert [self.told[key].ending for key in expected] == [ending] * len(expected)
         return updates
 
-    def plan(self) -> StepPlan | Idle:
-        plan = self.scheduler.plan(self._tick())
+    def plan(self, iterations: int = 1) -> StepPlan | Idle:
+        plan = self.scheduler.plan(self._tick(), iterations)
+        assert not isinstance(plan, StepPlan) or plan.iterations <= iterations
         if isinstance(plan, StepPlan):
             self.plans.append(plan)
             self.flights.append(Running(plan, [self.told[row.sequence] for row in plan.rows]))
@@ -309,8 +377,10 @@ class Driver:
             told, end = self.told[row.sequence], row.start + len(row.tokens)
             request = told.request
             assert told.ending is None, f"{row.sequence}: planned after its end"
-            assert list(row.tokens) == told.tokens[row.start : end]
+            end -= row.drafts
+            assert list(row.tokens[: end - row.start]) == told.tokens[row.start : end]
             samples = end == len(told.tokens)
+            assert samples or not row.drafts
             assert row.sampling == (request.sampling if samples else None)
             needs = samples and request.sampling.needs_history
             assert row.history == (tuple(told.tokens) if needs else ())

@@ -22,6 +22,10 @@ def check_config(config: SchedulerConfig) -> None:
         least = 1 if size.default is MISSING else 0
         if size.name != "cache_seed" and getattr(config, size.name) < least:
             raise InvalidParameter(size.name, f"must be at least {least}, not {config}")
+    if config.reserve_tokens > config.num_blocks * config.block_tokens:
+        raise InvalidParameter("reserve_tokens", f"must fit in the pool, unlike {config}")
+    if config.reserve_tokens and config.cache_seed:
+        raise InvalidParameter("cache_seed", "must be empty where KV is pre-allocated, not shared")
 
 
 def find_rejection(request: Request, config: SchedulerConfig) -> Rejected | None:
@@ -60,7 +64,8 @@ def _find_number_fault(request: Request, config: SchedulerConfig) -> str:
     for name, value, least, most in (
         ("max_new_tokens", request.max_new_tokens, 1, None),
         ("min_new_tokens", request.min_new_tokens, 0, request.max_new_tokens),
-        ("n", request.n, 1, MAX_CONTINUATIONS),
+        # Continuations share blocks, and blocks set aside for one sequence cannot be shared.
+        ("n", request.n, 1, 1 if config.reserve_tokens else MAX_CONTINUATIONS),
         ("prompt_logprobs", top, 0, config.vocab_size),
         ("priority", request.priority, None, None),
     ):

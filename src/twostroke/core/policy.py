@@ -28,8 +28,8 @@ class Order(Protocol):
 
     changes: bool
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
-        """The rank of a request whose furthest continuation has so many new tokens."""
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
+        """The rank of a continuation with so many tokens in the KV cache, and so many new ones."""
         ...
 
     def end(self, request: Request, new_tokens: int) -> None:
@@ -42,7 +42,7 @@ class PriorityThenArrival:
 
     changes = False
 
-    def rank(self, request: Request, new_tokens: int, now: int) -> Rank:
+    def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """The priority alone: the scheduler appends the order of arrival."""
         return (request.priority,)
 
@@ -73,10 +73,10 @@ class Accounts(Protocol):
 class Load:
     """What a pace may know when a step begins.
 
-    decodes: of each sequence that will get one token, its position and its request. prefills: of
-    each running one with a longer gap, the same. waiting: sequences that wait; oldest_ns: when the
-    first in order of them was submitted, 0 when none waits; its request is head. free_blocks of
-    num_blocks are free.
+    decodes: of each running sequence that draws a token in this step, or in one in flight, its
+    position and its request. prefills: of all others that run, the same. waiting: sequences that
+    wait; oldest_ns: when the first in order of them was submitted, 0 when none waits; its request
+    is head. free_blocks of num_blocks are free.
     """
 
     decodes: Many[tuple[int, Request]]
@@ -98,12 +98,12 @@ class Room(Protocol):
     newcomers: int
     wake_ns: int
 
-    def get_tokens(self, start: int) -> int:
-        """Most tokens of one more row that begins at position `start`; 0 when the step is full."""
+    def get_tokens(self, start: int, wanted: int) -> int:
+        """How many of `wanted` tokens one more row may have from position `start`; 0 when full."""
         ...
 
     def add(self, start: int, tokens: int) -> None:
-        """A prompt's row was added."""
+        """A prompt's row was added, or a decode's with drafts."""
         ...
 
 

@@ -66,13 +66,17 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out, wherever it stands."""
-        tenant = self._get_lane(sequence)
-        lane = self._lanes[tenant]
-        place = bisect_left(lane, sequence.key, key=_get_key)
-        assert lane[place] is sequence, f"{sequence.id} is not waiting"
+        place, lane = self.get_place(sequence)
         del lane[place]
         if not lane:
-            del self._lanes[tenant]
+            del self._lanes[self._get_lane(sequence)]
+
+    def get_place(self, sequence: Sequence) -> tuple[int, list[Sequence]]:
+        """Where a waiting sequence stands in its lane, and the lane."""
+        lane = self._lanes[self._get_lane(sequence)]
+        place = bisect_left(lane, sequence.key, key=_get_key)
+        assert lane[place] is sequence, f"{sequence.id} is not waiting"
+        return place, lane
 
     def _get_lane(self, sequence: Sequence) -> str:
         return sequence.group.request.tenant if self._accounts is not None else ""
@@ -103,7 +107,7 @@ class Roster:
 
     def enter(self, request: Request, now: int) -> None:
         """Take an accepted request in; its first sequence waits, to compute the prompt."""
-        n, rank = request.n, self._policies.order.rank(request, 0, now)
+        n, rank = request.n, self._policies.order.rank(request, 0, 0, now)
         arrival = self.fates["submitted"]
         group = Group(request, now, n, n, request.sampling.needs_history)
         for index in range(n):
@@ -178,8 +182,9 @@ class Roster:
         Returns the moves that keep its KV in host memory, where that is preferred and has room.
         """
         moves, computed = list[BlockSwap](), sequence.computed
-        prefers_swap = self._policies.prefers_swap
-        if sequence.kept.can_move_out(computed) and prefers_swap(computed, len(sequence.table)):
+        # Before the fork it is not moved: continuations would share KV that may yet fail to arrive.
+        can_swap = not sequence.group.unborn and sequence.kept.can_move_out(computed)
+        if can_swap and self._policies.prefers_swap(computed, len(sequence.table)):
             moves = sequence.kept.move_out(sequence.table, computed)
         self.return_to_line(sequence)
         return moves
@@ -190,17 +195,21 @@ class Roster:
         sequence.forget_kv()
         self._wait(sequence)
 
-    def rank_anew(self, sequence: Sequence, now: int) -> bool:
-        """Ask for a sequence's rank again; whether it changed."""
-        rank = self._policies.order.rank(sequence.group.request, sequence.num_new_tokens, now)
-        changed = rank != sequence.key[0]
-        sequence.key = (rank, *sequence.key[1:])
-        return changed
+    def rank_waiting(self, head: Sequence, now: int) -> Sequence:
+        """Give the head of the line its rank as it is now; returns who is the head then."""
+        while True:
+            place, lane = self.waiting.get_place(head)
+            del lane[place]
+            self._rank(head, now)
+            insort(lane, head, key=_get_key)
+            if lane[0] is head:
+                return head
+            head = lane[0]
 
     def sort_running(self, now: int) -> None:
         """Bring the running sequences into the order of their ranks as they are now."""
         for sequence in self.running:
-            self.rank_anew(sequence, now)
+            self._rank(sequence, now)
         self.running.sort(key=_get_key)
 
     def reserve(self, sequence: Sequence, num_blocks: int) -> None:
@@ -256,12 +265,18 @@ class Roster:
         slack = self.allocator.num_free - (self._watermark_blocks if self.running else 0)
         for sequence in self.running:
             missing = self.get_num_blocks(len(sequence.tokens)) - len(sequence.table)
-            slack -= missing + 1 + sequence.group.unborn
+            slack -= max(0, missing) + 1 + sequence.group.unborn
         return slack
 
     def get_num_blocks(self, tokens: int) -> int:
         """Blocks of a sequence with `tokens` tokens."""
         return self.memory.get_num_blocks(tokens)
+
+    def _rank(self, sequence: Sequence, now: int) -> None:
+        rank = self._policies.order.rank(
+            sequence.group.request, sequence.computed, sequence.num_new_tokens, now
+        )
+        sequence.key = (rank, *sequence.key[1:])
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING

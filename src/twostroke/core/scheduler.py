@@ -167,6 +167,8 @@ class Scheduler:
         if len(self._flights) < MAX_IN_FLIGHT:
             self._fill(draft, now, iterations)
         if not draft.placements:
+            for sequence in draft.moved_out:  # no step will move its KV
+                sequence.kept.forget_host()
             wake_ns = draft.room.wake_ns if draft.room is not None else 0
             return Idle(self.num_waiting, len(self._flights), wake_ns)
         plan = draft.build(self._next_step)
@@ -259,7 +261,7 @@ class Scheduler:
         decodes = [one for one in running if one.gap == 1]
         prefills = [one for one in running if one.gap > 1]
         if policies.pace is not None:
-            draft.room = policies.pace.open_step(self._measure_load(decodes, prefills), now)
+            draft.room = policies.pace.open_step(self._measure_load(running), now)
         if iterations > 1 and len(decodes) == len(running) > 0 and policies.accounts is None:
             self._try_stride(draft, decodes, iterations)
         if draft.placements:
@@ -269,14 +271,14 @@ class Scheduler:
         for sequence in prefills:
             self._admit(draft, now, before=sequence.key)
             if draft.has_room and sequence.state is State.RUNNING:
-                self._place(draft, sequence, draft.get_tokens(sequence.planned))
+                self._place(draft, sequence, draft.get_tokens(sequence.planned, sequence.gap))
         self._admit(draft, now, before=None)
 
-    def _measure_load(self, decodes: list[Sequence], prefills: list[Sequence]) -> Load:
+    def _measure_load(self, running: list[Sequence]) -> Load:
         head, allocator = self._roster.waiting.try_head(), self._roster.allocator
         return Load(
-            [(one.planned, one.group.request) for one in decodes],
-            [(one.planned, one.group.request) for one in prefills],
+            [(one.planned, one.group.request) for one in running if one.gap <= 1],
+            [(one.planned, one.group.request) for one in running if one.gap > 1],
             self.num_waiting,
             None if head is None else head.group.request,
             0 if head is None else head.group.arrived_ns,
@@ -308,8 +310,8 @@ class Scheduler:
         sequence.planned = start + len(row.tokens)
         sequence.rows_in_flight += 1
         sequence.group.scored_planned += len(row.scored)
-        if draft.room is not None and not is_decode:
-            draft.room.add(start, count)
+        if draft.room is not None and not (is_decode and len(row.tokens) == 1):
+            draft.room.add(start, len(row.tokens))
         arrives = sequence.kept.host != () and start == sequence.kept.hosted
         draft.add(Placement(sequence, row, max(0, grown), source, arrives))
 
@@ -414,21 +416,22 @@ class Scheduler:
         roster, changes = self._roster, self._policies.order.changes
         while draft.has_room:
             head = roster.waiting.try_head()
-            if head is not None and changes and roster.rank_anew(head, now):
-                roster.waiting.remove(head)
-                roster.waiting.push(head)
-                head = roster.waiting.try_head()
+            if head is not None and changes:
+                head = roster.rank_waiting(head, now)
             if head is None or (before is not None and head.key > before):
                 return
             prefix = roster.find_prefix(head)
             start = head.kept.hosted or len(prefix) * self.config.block_tokens
-            if not self._fits(draft, head, prefix) or draft.get_tokens(start) < 1:
+            if not self._fits(draft, head, prefix):
+                return
+            limit = draft.get_tokens(start, len(head.tokens) - start)
+            if limit < 1:
                 return
             draft.swaps_in += roster.admit(head, prefix)
             draft.slack = None
             if draft.room is not None:
                 draft.room.newcomers -= 1
-            self._place(draft, head, draft.get_tokens(start))
+            self._place(draft, head, limit)
 
     def _find_flight(self, step: int) -> Flight | None:
         return next((flight for flight in self._flights if flight.plan.step == step), None)
@@ -457,11 +460,11 @@ class Scheduler:
             self._policies.drafter.settle(sequence.id, row.drafts, accepted)
         if placement.arrives:
             sequence.kept.forget_host()
-        sequence.kept.name_full(sequence.table, sequence.tokens, sequence.computed)
         sequence.group.scored.extend(result.scored)
         if result.tokens:
             self._emit(sequence, result, updates)
         else:
+            sequence.kept.name_full(sequence.table, sequence.tokens, sequence.computed)
             self._roster.try_fork(sequence)
 
     def _emit(self, sequence: Sequence, result: RowResult, updates: list[Update]) -> None:
@@ -471,6 +474,8 @@ class Scheduler:
             sequence.tokens.append(result.tokens[count])
             count += 1
             ending = self._find_ending(sequence)
+        lasting = min(sequence.computed, len(sequence.tokens))
+        sequence.kept.name_full(sequence.table, sequence.tokens, lasting)
         tokens, logprobs = result.tokens[:count], result.logprobs[:count]
         group = sequence.group
         scored = group.take_scored() if sequence.id.index == 0 and not group.scored_emitted else ()

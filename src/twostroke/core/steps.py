@@ -74,10 +74,10 @@ class StepDraft:
         """True while another row of at least one token fits."""
         return self.tokens_left > 0 and self.rows_left > 0
 
-    def get_tokens(self, start: int) -> int:
-        """Most tokens of a prompt's row from position `start`."""
-        left = self.tokens_left
-        return left if self.room is None else min(left, self.room.get_tokens(start))
+    def get_tokens(self, start: int, wanted: int) -> int:
+        """How many of `wanted` tokens a prompt's row from position `start` may have."""
+        wanted = min(wanted, self.tokens_left)
+        return wanted if self.room is None else min(wanted, self.room.get_tokens(start, wanted))
 
     def add(self, placement: Placement) -> None:
         """Append a row."""

@@ -79,12 +79,14 @@ class LentExecutor(Protocol):
 class LoopPolicy:
     """What the loop does beyond planning and committing.
 
-    max_in_flight: steps running at once. replace_executor: makes the next executor after a loss,
+    max_in_flight: steps running at once. max_iterations: most iterations of decodes in one step;
+    nobody else is heard between them. replace_executor: makes the next executor after a loss,
     over the same KV bytes; without it a loss fails every live request and closes the loop.
     step_deadline_ns: a step unanswered for so long loses its executor; None waits for ever.
     """
 
     max_in_flight: int = 1
+    max_iterations: int = 1
     replace_executor: ReplaceExecutor | None = None
     step_deadline_ns: int | None = None
 
@@ -124,6 +126,7 @@ class EngineLoop:
         self._in_flight: deque[_Flight] = deque()
         self._generation = 0
         self._is_lent = False
+        self._idle_until_ns: int | None = None  # when the pace lets a waiting batch begin
         self.parts = PartTimes(clock.now_ns())
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
         self._closed: str | None = None
@@ -153,7 +156,9 @@ class EngineLoop:
     @property
     def next_wake_ns(self) -> int | None:
         """When to pump although nothing arrives, or None."""
-        if self._policy.step_deadline_ns is None or not self._in_flight:
+        if not self._in_flight:
+            return self._idle_until_ns
+        if self._policy.step_deadline_ns is None:
             return None
         return self._in_flight[0].started_ns + self._policy.step_deadline_ns
 
@@ -281,9 +286,11 @@ class EngineLoop:
     def _start_steps(self) -> None:
         while self._closed is None and len(self._in_flight) < self._policy.max_in_flight:
             now_ns = self._clock.now_ns()
-            plan = self._scheduler.plan(now_ns)
+            plan = self._scheduler.plan(now_ns, self._policy.max_iterations)
+            self._idle_until_ns = None
             if isinstance(plan, Idle):
-                if self._live and not self._in_flight:
+                self._idle_until_ns = plan.wake_ns or None
+                if self._live and not self._in_flight and not plan.wake_ns:
                     raise EngineError(f"nothing runs although {len(self._live)} requests are live")
                 return
             flight = _Flight(plan, self._generation, now_ns)
@@ -296,7 +303,7 @@ class EngineLoop:
 
     def _check_deadline(self) -> None:
         due_ns = self.next_wake_ns
-        if due_ns is not None and self._clock.now_ns() >= due_ns:
+        if self._in_flight and due_ns is not None and self._clock.now_ns() >= due_ns:
             step = self._in_flight[0].plan.step
             self._lose_executor(ExecutorLost(f"step {step} was not answered in time"))
 

@@ -33,12 +33,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunnerSizes:
-    """What a runner is made for: threads, the KV pool and the largest step."""
+    """What a runner is made for: threads, the KV pool and the largest step.
+
+    host_blocks: blocks kept beside the pool for sequences that wait.
+    """
 
     threads: int
     num_blocks: int
     block_tokens: int
     max_step_tokens: int
+    host_blocks: int = 0
 
 
 class Runner(Protocol):
@@ -109,6 +113,7 @@ class LocalExecutor:
         self._closed = False
         self._arrays_ns = self._compute_ns = self._results_ns = 0  # of this `run_pending`
         self._watch: Callable[[StepTimes], None] | None = None
+        self._host: NDArray[np.uint8] | None = None
 
     @property
     def runner(self) -> Runner:
@@ -175,10 +180,8 @@ class LocalExecutor:
 
     def _run(self, plan: StepPlan) -> StepOutcome:
         begin_ns = time.perf_counter_ns()
-        if plan.copies:
-            kv = self._runner.view_kv()
-            for copy in plan.copies:
-                kv[:, copy.target] = kv[:, copy.source]
+        if plan.copies or plan.swaps_out or plan.swaps_in:
+            self._move_blocks(plan)
         batch = self._builder.build(plan)
         built_ns = time.perf_counter_ns()
         drawn = [self._runner.run_step(batch.step, batch.first)]
@@ -194,6 +197,22 @@ class LocalExecutor:
             tokens = batch.step.tokens.size
             self._watch(StepTimes(begin_ns, run_ns, call_ns, tokens, len(plan.rows)))
         return StepOutcome(plan.step, results, end_ns - begin_ns)
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        """Moves and copies the blocks of a plan, in the order it promises."""
+        kv = self._runner.view_kv()
+        if self._host is None and plan.swaps_out:
+            # Made when first needed: most runs never preempt.
+            shape = (kv.shape[0], self._sizes.host_blocks, kv.shape[2])
+            self._host = np.empty(shape, np.uint8)
+        for move in plan.swaps_out:
+            assert self._host is not None
+            self._host[:, move.host] = kv[:, move.block]
+        for move in plan.swaps_in:
+            assert self._host is not None, "moved in before anything was moved out"
+            kv[:, move.block] = self._host[:, move.host]
+        for copy in plan.copies:
+            kv[:, copy.target] = kv[:, copy.source]
 
     def _compute_rest(self, batch: Batch, drawn: list[Drawn]) -> list[Drawn]:
         """The draws that are still missing, added to `drawn`, and all scores.
