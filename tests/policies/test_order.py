@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,14 +22,16 @@ from twostroke.policies.order import (
 SECOND_NS = 1_000_000_000
 
 
-def make(id: str, prompt_tokens: int = 4, max_new_tokens: int = 100, **fields: int) -> Request:
+def make(id: str, prompt_tokens: int = 4, max_new_tokens: int = 100, **fields: Any) -> Request:
     """A request with a prompt of so many tokens."""
     return Request(id, (1,) * prompt_tokens, max_new_tokens, **fields)
 
 
 def serve_one_by_one(order: Order, arrivals: list[tuple[int, Request]], each_ns: int) -> list[str]:
     """Ids in the order in which a server that takes each_ns a request begins them."""
-    coming, line, begun, now = list(arrivals), [], [], 0
+    coming, now = list(arrivals), 0
+    line: list[Request] = []
+    begun: list[str] = []
     ranks: dict[str, tuple[Rank, int]] = {}
     while coming or line:
         if not line:

@@ -52,6 +52,12 @@ def test_the_load_heuristic_halves_the_chunk_of_a_long_prompt() -> None:
     assert pace.open_step(make_load(), 0).get_tokens(9_000, 1_001) == 1_000
 
 
+def test_the_load_heuristic_knows_a_long_prompt_in_line_by_its_request() -> None:
+    # A step that takes 2000 tokens cannot want 20,000.
+    room = LoadHeuristicPace(2_000).open_step(make_load(prefills=[20_000]), 0)
+    assert fill(room, 2_000) == [1_000]
+
+
 def test_the_load_heuristic_halves_once() -> None:
     room = LoadHeuristicPace(2_000).open_step(make_load(free_blocks=0), 0)
     assert fill(room, 20_000) == [1_000]
@@ -126,7 +132,7 @@ def test_sizes_of_nothing_are_refused() -> None:
         FixedPace(0)
     with pytest.raises(InvalidParameter, match="chunk_tokens: must be at least 2, not 1"):
         LoadHeuristicPace(1)
-    with pytest.raises(InvalidParameter, match="size: must be at least 1, not 0"):
+    with pytest.raises(InvalidParameter, match="batch_size: must be at least 1, not 0"):
         StaticBatchPace(0, 5)
-    with pytest.raises(InvalidParameter, match="timeout_ns: must be at least 0, not -1"):
+    with pytest.raises(InvalidParameter, match="batch_timeout_ns: must be at least 0, not -1"):
         StaticBatchPace(4, -1)

@@ -46,16 +46,16 @@ class TokenRoom:
 class ChunkRoom:
     """Room for chunks by the load heuristic (LoadHeuristicPace); drafts are none of its business.
 
-    chunk: most tokens of prompts in this step, halved for a long one unless it was already.
+    chunk: most tokens of prompts in this step, and half of it for a long one, or for all.
     """
 
     __slots__ = ("_asked", "_chunk", "_halved", "_placed", "newcomers", "wake_ns")
 
-    def __init__(self, chunk: int, is_loaded: bool) -> None:
+    def __init__(self, chunk: int, is_halved: bool) -> None:
         self.newcomers = EVERYBODY
         self.wake_ns = 0
         self._halved = chunk // 2
-        self._chunk = self._halved if is_loaded else chunk
+        self._chunk = self._halved if is_halved else chunk
         self._placed = 0
         self._asked = False
 
@@ -106,7 +106,10 @@ class LoadHeuristicPace:
     def open_step(self, load: Load, now: int) -> Room:
         """The chunk of this step."""
         is_loaded = 5 * (load.num_blocks - load.free_blocks) > 4 * load.num_blocks
-        return ChunkRoom(self.chunk_tokens, is_loaded)
+        # The length of the first in line is known here even where a step could not take it whole.
+        first = load.prefills[0][1] if load.prefills else load.head
+        is_long = first is not None and len(first.prompt) > LONG_TOKENS
+        return ChunkRoom(self.chunk_tokens, is_loaded or is_long)
 
     def note_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Nothing to learn."""
@@ -123,8 +126,8 @@ class StaticBatchPace:
     """
 
     def __init__(self, size: int, timeout_ns: int) -> None:
-        self.size = _check("size", size, 1)
-        self.timeout_ns = _check("timeout_ns", timeout_ns, 0)
+        self.size = _check("batch_size", size, 1)
+        self.timeout_ns = _check("batch_timeout_ns", timeout_ns, 0)
         # What is left of its `newcomers` is what is yet to be admitted of the batch.
         self._room = TokenRoom(EVERYBODY, 0)
 
