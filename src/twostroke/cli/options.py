@@ -248,7 +248,7 @@ class LoadOptions:
     faults: str | None = field(
         default=None,
         metadata=show(
-            "What goes wrong, as in deaths=1,hangs=0.5,slowdowns=2,jumps=1,cancels=0.05,restart=10.",
+            "What goes wrong, as in deaths=1,slowdowns=2,cancels=0.05; a wrong key lists them.",
             default="nothing",
         ),
     )
@@ -260,11 +260,17 @@ class SchedulingOptions:
     """How the scheduler chooses, and what it is asked to keep."""
 
     policy: str = field(
-        default="first-come", metadata=show("Who goes first; a wrong name lists them.")
+        default="first-come",
+        metadata=show(
+            'Who goes first: "first-come", "priority", "shortest", "fair" or "deadline".'
+        ),
     )
-    pace: str = field(
-        default="fixed",
-        metadata=show("How much of the prompts a step takes; a wrong name lists them."),
+    pace: str | None = field(
+        default=None,
+        metadata=show(
+            'How much of the prompts a step takes: "fixed", "load", "target" or "static".',
+            default="target where there is a target between tokens, else fixed",
+        ),
     )
     ttft_target_ms: float | None = field(
         default=None, metadata=show("Longest time to the first token.", default="none")

@@ -38,6 +38,11 @@ class Fixed:
 
     tokens: int
 
+    @property
+    def least(self) -> int:
+        """The shortest that can be drawn."""
+        return self.tokens
+
     def draw(self, generator: Generator, count: int) -> list[int]:
         """`count` lengths; draws nothing."""
         return [self.tokens] * count
@@ -74,6 +79,11 @@ class Lognormal:
 
     mean: float
     cv: float
+
+    @property
+    def least(self) -> int:
+        """The shortest that can be drawn."""
+        return 1
 
     def draw(self, generator: Generator, count: int) -> list[int]:
         """`count` lengths."""

@@ -76,12 +76,15 @@ class Source:
     """Where requests come from. notes: (name, value, reason) of every choice made about it.
 
     seconds: about how long they take to arrive; expected: about how many there are.
+    least_prompt_tokens: no prompt is shorter. has_prefixes: whether some begin alike.
     """
 
     notes: tuple[tuple[str, str, str], ...]
     draw: Callable[[], Iterator[Drawn]]
     expected: int
     seconds: float
+    least_prompt_tokens: int
+    has_prefixes: bool
 
     def arrive(self, targets: Targets, fitted: Fitted) -> Iterator[Arrival]:
         """The arrivals, cut to the context where they exceed it; `fitted` counts along.
@@ -164,8 +167,14 @@ def _build_replay(
         ("rate", f"{summary.rate * speed:.3g} requests/s", rate_reason),
         *_note_lengths(prompt, new, "the trace's"),
     )
-    part = expected / whole
-    return Source(notes, lambda: replay_trace(path, summary, how), expected, seconds * part)
+    return Source(
+        notes=notes,
+        draw=lambda: replay_trace(path, summary, how),
+        expected=expected,
+        seconds=seconds * expected / whole,
+        least_prompt_tokens=prompt.scale(summary.least_prompt_tokens),
+        has_prefixes=summary.most_prefix_id >= 0,
+    )
 
 
 def _build_workload(
@@ -197,7 +206,14 @@ def _build_workload(
         *length_notes,
     )
     expected = requests or math.ceil(rate * (amount.seconds or 0.0))
-    return Source(notes, draw, expected, expected / rate)
+    return Source(
+        notes=notes,
+        draw=draw,
+        expected=expected,
+        seconds=expected / rate,
+        least_prompt_tokens=pairs.least_prompt_tokens,
+        has_prefixes=workload.shared > 0,
+    )
 
 
 def _find_pairs(

@@ -53,12 +53,17 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceSummary:
-    """What a whole trace holds. duration_ns: from the first request to the last."""
+    """What a whole trace holds.
+
+    duration_ns: from the first request to the last. longest_tokens: prompt and answer of the
+    longest. most_prefix_id: -1 where no prompt shares anything.
+    """
 
     requests: int
     duration_ns: int
     prompt_tokens: int
     new_tokens: int
+    least_prompt_tokens: int
     longest_tokens: int
     most_prefix_id: int
 
@@ -90,15 +95,18 @@ def summarise_trace(path: Path) -> TraceSummary:
     Raises InvalidParameter.
     """
     requests = prompt_tokens = new_tokens = longest = last_ns = 0
-    most_id = -1
+    most_id, least_prompt = -1, MAX_LENGTH
     for one in read_trace(path):
         requests += 1
         prompt_tokens += one.prompt_tokens
         new_tokens += one.new_tokens
+        least_prompt = min(least_prompt, one.prompt_tokens)
         longest = max(longest, one.prompt_tokens + one.new_tokens)
         most_id = max(most_id, max(one.prefix, default=-1))
         last_ns = one.at_ns
-    return TraceSummary(requests, last_ns, prompt_tokens, new_tokens, longest, most_id)
+    return TraceSummary(
+        requests, last_ns, prompt_tokens, new_tokens, least_prompt, longest, most_id
+    )
 
 
 class _Refused(Exception):

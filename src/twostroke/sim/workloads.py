@@ -85,7 +85,13 @@ class Workload:
 
 
 class PairSource(Protocol):
-    """Draws lengths of prompts and of answers, which may belong together."""
+    """Draws lengths of prompts and of answers, which may belong together.
+
+    least_prompt_tokens: no prompt is shorter.
+    """
+
+    @property
+    def least_prompt_tokens(self) -> int: ...
 
     def draw(self, prompts: Generator, answers: Generator, count: int) -> list[tuple[int, int]]: ...
 
@@ -96,6 +102,11 @@ class IndependentPairs:
 
     prompt: Fixed | Uniform | Lognormal
     new: Fixed | Uniform | Lognormal
+
+    @property
+    def least_prompt_tokens(self) -> int:
+        """No prompt is shorter."""
+        return self.prompt.least
 
     def draw(self, prompts: Generator, answers: Generator, count: int) -> list[tuple[int, int]]:
         """`count` pairs (prompt tokens, new tokens)."""
@@ -108,6 +119,11 @@ class RecordedPairs:
     """Pairs drawn from a trace's, each as likely, with replacement."""
 
     pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def least_prompt_tokens(self) -> int:
+        """No prompt is shorter."""
+        return min(prompt for prompt, _ in self.pairs)
 
     def draw(self, prompts: Generator, answers: Generator, count: int) -> list[tuple[int, int]]:
         """`count` pairs (prompt tokens, new tokens)."""
