@@ -85,6 +85,12 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
         f"{format_bytes(num_blocks * block_bytes)} = {num_blocks * options.block_tokens:,} tokens"
     )
     weights = format_bytes(spec.weight_bytes)
+    pool_tokens = num_blocks * options.block_tokens
+    pool = f"{format_bytes(num_blocks * block_bytes)} = {pool_tokens:,} tokens"
+    longest, longest_reason = spec.context_tokens, "the model's context"
+    if pool_tokens < longest:
+        longest_reason = f"the KV pool; the model's context of {longest:,} does not fit"
+        longest = pool_tokens
     on_tp = f"on {tp} devices" if tp > 1 else "on one device"
     return Hardware(
         spec=spec,
@@ -98,6 +104,7 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
             Choice("model", f"{spec.name}, {weights} {on_tp}", "as asked"),
             Choice("device", f"{device.name}, {engine}", ENGINES[engine][1]),
             Choice("KV pool", f"{pool} a replica", pool_reason),
+            Choice("longest request", f"{longest:,} tokens", longest_reason),
         ),
     )
 
@@ -232,10 +239,12 @@ def _check_sharing(spec: ModelSpec, device: DeviceSpec, tp: int) -> int:
         return tp
     held, memory = format_bytes(_get_weight_bytes(spec, tp)), format_bytes(device.memory_bytes)
     hint = f"--tp {fitting[0]} is the least that fits" if fitting else "no number of them would do"
+    if spec.weight_bytes > 1.5 * spec.num_weights:
+        hint += f"; or take a smaller format such as {spec.name}:q8_0"
     raise InvalidParameter(
         "tp",
-        f"{spec.name} takes {held} of each of {tp} devices, of which {device.name} has {memory} "
-        f"less {KEPT_BACK:.0%}: {hint}; or take a smaller format such as {spec.name}:q8_0",
+        f"{spec.name} takes {held} on each of {tp} {device.name}, which has {memory} less "
+        f"{KEPT_BACK:.0%}: {hint}",
     )
 
 
