@@ -31,20 +31,19 @@ def make_records(*runs: Run, replicas: int = 1) -> Records:
     """Records of these lives; a run whose `first` is 0 never had a token."""
     records = Records(replicas)
     for index, run in enumerate(runs):
-        records.add(
-            Arrival(
-                time_ns=run.arrival * MS,
-                prompt_tokens=run.prompt,
-                new_tokens=1 + len(run.gaps),
-                tenant=run.tenant,
-                ttft_ns=run.ttft_target * MS,
-                itl_ns=run.itl_target * MS,
-            ),
-            index,
+        arrival = Arrival(
+            time_ns=run.arrival * MS,
+            prompt_tokens=run.prompt,
+            new_tokens=1 + len(run.gaps),
+            tenant=run.tenant,
+            ttft_ns=run.ttft_target * MS,
+            itl_ns=run.itl_target * MS,
         )
+        records.add(arrival, index)
         last = run.first + sum(run.gaps)
         life = Life(
             index=index,
+            arrival=arrival,
             replica=run.replica,
             planned_ns=max(run.first - 1, 0) * MS,
             first_token_ns=run.first * MS,

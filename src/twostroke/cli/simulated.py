@@ -64,7 +64,8 @@ def check_name(parameter: str, name: str, known: Sequence[str]) -> str:
     """`name` when it is known; else InvalidParameter with those that look like it first."""
     if name in known:
         return name
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    begun = [each for each in known if name and each.startswith(name.lower())]
+    near = begun or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise InvalidParameter(parameter, f"there is no {name!r}; {hint}choose from {', '.join(known)}")
 

@@ -138,8 +138,8 @@ def _draw_latencies(axes: Axes, records: Records) -> None:
     """Cumulative shares: of requests for TTFT and TPOT, of gaps for ITL."""
     times = get_times(records.get_columns())
     curves = [
-        (f"TTFT, p99 {{:.3g}} s ({_count(times['ttft_s']):,} requests)", times["ttft_s"]),
-        (f"TPOT, p99 {{:.3g}} s ({_count(times['tpot_s']):,} requests)", times["tpot_s"]),
+        (f"TTFT, p99 {{}} ({_count(times['ttft_s']):,} requests)", times["ttft_s"]),
+        (f"TPOT, p99 {{}} ({_count(times['tpot_s']):,} requests)", times["tpot_s"]),
     ]
     drawn = 0
     for (label, seconds), dash, ink in zip(curves, _DASHES, _INK, strict=False):
@@ -153,7 +153,7 @@ def _draw_latencies(axes: Axes, records: Records) -> None:
     if counts:
         gaps = np.array([gap for gap, _ in counts]) / 1e9
         weights = np.cumsum([weight for _, weight in counts])
-        label = f"ITL, p99 {{:.3g}} s ({weights[-1]:,} gaps)"
+        label = f"ITL, p99 {{}} ({weights[-1]:,} gaps)"
         drawn += 1
         _draw_curve(axes, (gaps, weights / weights[-1]), (label, _DASHES[2], _INK[2]))
     axes.set_title("How long it took")
@@ -177,7 +177,7 @@ def _draw_curve(
     x = np.concatenate((seconds[:1], seconds[places]))
     y = np.concatenate(([0.0], 100 * shares[places]))
     axes.plot(np.maximum(x, 1e-9), y, linestyle=dash, color=ink, linewidth=1.6,
-              drawstyle="steps-post", label=label.format(p99))  # fmt: skip
+              drawstyle="steps-post", label=label.format(_format_time(p99)))  # fmt: skip
 
 
 def _draw_goodput(axes: Axes, records: Records) -> None:
@@ -201,7 +201,7 @@ def _draw_goodput(axes: Axes, records: Records) -> None:
     for limit, dash, ink in zip(limits, _DASHES, _INK, strict=True):
         is_asked = bool(tpot_target) and limit == tpot_target
         good = np.sort(times["ttft_s"][finished & (tpot <= limit)])
-        label = "any TPOT" if limit == np.inf else f"TPOT ≤ {limit * 1e3:.3g} ms"
+        label = "any TPOT" if limit == np.inf else f"TPOT ≤ {_format_time(limit)}"
         if is_asked:
             label += " (the target)"
         places = np.unique(np.linspace(0, max(len(good) - 1, 0), _POINTS).astype(int))
@@ -211,7 +211,10 @@ def _draw_goodput(axes: Axes, records: Records) -> None:
                   linestyle=dash, color=ink, linewidth=width, label=label)  # fmt: skip
     if ttft_target:
         axes.axvline(
-            ttft_target, color="0.3", linewidth=0.9, label=f"TTFT target, {ttft_target:g} s"
+            ttft_target,
+            color="0.3",
+            linewidth=0.9,
+            label=f"TTFT target, {_format_time(ttft_target)}",
         )
     _scale_time(axes)
 
@@ -268,6 +271,12 @@ def _say_empty(axes: Axes, text: str) -> None:
 
 def _count(seconds: NDArray[np.float64]) -> int:
     return int((~np.isnan(seconds)).sum())
+
+
+def _format_time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _round_up(seconds: float) -> float:
