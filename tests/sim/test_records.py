@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,5 +86,5 @@ def test_a_row_is_live_until_it_ends() -> None:
 def test_a_sample_off_the_grid_is_not_kept() -> None:
     kept, sample = StepSamples(period_ns=10), Sample(20, 0, 1, 1, 1, 1, 1)
     kept.add(sample)
-    kept.add(replace(sample, time_ns=25))
+    kept.add(sample._replace(time_ns=25))
     assert kept.get_columns()["time_ns"].tolist() == [20]

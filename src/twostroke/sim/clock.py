@@ -17,13 +17,13 @@ NEVER_NS = 1 << 62
 
 
 class VirtualClock:
-    """The Clock protocol over a heap of due functions."""
+    """The Clock protocol over a heap of due functions; num_run: how many it has run."""
 
-    __slots__ = ("_heap", "_now_ns", "_order")
+    __slots__ = ("_heap", "_now_ns", "_order", "num_run")
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
-        self._now_ns = 0
+        self._now_ns = self.num_run = 0
         self._order = itertools.count()
 
     @property
@@ -42,6 +42,7 @@ class VirtualClock:
     def run_next(self) -> None:
         """Move to the first due function, if that is not late already, and run it."""
         due_ns, _, fn = heapq.heappop(self._heap)
+        self.num_run += 1
         self.move_to(due_ns)
         fn()
 

@@ -73,10 +73,12 @@ class Cluster:
             arrival_ns = NEVER_NS if arrival is None else arrival.time_ns
             event_ns = events[0][0] if events else NEVER_NS
             outside_ns = min(arrival_ns, event_ns)
+            # What came from outside at one time is heard together.
             if due and (outside_ns > clock.now_ns() or clock.next_ns < outside_ns):
                 self._pump_due()
             elif clock.next_ns < outside_ns:
                 clock.run_next()
+                self._pump_due()
             elif outside_ns == NEVER_NS:
                 return self.records
             else:
@@ -146,14 +148,14 @@ class Cluster:
         """Let `act` happen then, to these replicas."""
         for replica in replicas:
             replica.add_barrier(time_ns)
-        event: Callable[[], None] = partial(_happen, replicas, act)
+        event: Callable[[], None] = partial(_happen, time_ns, replicas, act)
         heapq.heappush(self._events, (time_ns, next(self._order), event))
 
 
-def _happen(replicas: list[Replica], act: Callable[[], None]) -> None:
+def _happen(time_ns: int, replicas: list[Replica], act: Callable[[], None]) -> None:
     act()
     for replica in replicas:
-        replica.pass_barriers()
+        replica.pass_barriers(time_ns)
 
 
 def _slow(replica: Replica, percent: int) -> None:

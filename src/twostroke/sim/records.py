@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +41,6 @@ REQUEST_COLUMNS = {
     "fate": "b",
     "ttft_target_ns": "q",
     "itl_target_ns": "q",
-}
-SAMPLE_COLUMNS = {
-    "time_ns": "q",
-    "replica": "i",
-    "running": "i",  # rows of the step
-    "waiting": "i",  # sequences that waited when it began
-    "kv_blocks": "i",  # blocks held, those of this step included
-    "step_tokens": "i",
-    "prefill_tokens": "i",  # tokens of rows with more than one
 }
 _CHUNK = 4096
 _SUB_BITS = 8
@@ -131,9 +123,13 @@ class Life:
     preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One replica's state at the begin of the step that ran at an instant of the grid."""
+class Sample(NamedTuple):
+    """One replica's state at the begin of the step that ran at an instant of the grid.
+
+    running: rows of the step. waiting: sequences that waited when it began. kv_blocks: held, those
+    of this step included. prefill_tokens: of rows with more than one. A tuple, because many are
+    made and few are kept.
+    """
 
     time_ns: int
     replica: int
@@ -171,34 +167,23 @@ class StepSamples:
 
     most: int = 1 << 16
     period_ns: int = 10_000_000
-    _columns: dict[str, array[int]] = field(
-        default_factory=lambda: {name: array(code) for name, code in SAMPLE_COLUMNS.items()}
-    )
+    _kept: list[Sample] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self._columns["time_ns"])
+        return len(self._kept)
 
     def add(self, sample: Sample) -> None:
         """Keep a sample if its instant is still on the grid."""
-        if sample.time_ns % self.period_ns:
-            return
-        for name, column in self._columns.items():
-            column.append(getattr(sample, name))
-        while len(self) > self.most:
-            self._thin()
+        if sample.time_ns % self.period_ns == 0:
+            self._kept.append(sample)
+            while len(self._kept) > self.most:
+                self.period_ns *= 2
+                self._kept = [one for one in self._kept if one.time_ns % self.period_ns == 0]
 
     def get_columns(self) -> dict[str, NDArray[np.int64]]:
         """The samples by column, ordered by time and replica."""
-        columns = {name: np.array(column, np.int64) for name, column in self._columns.items()}
-        order = np.lexsort((columns["replica"], columns["time_ns"]))
-        return {name: column[order] for name, column in columns.items()}
-
-    def _thin(self) -> None:
-        self.period_ns *= 2
-        kept = np.array(self._columns["time_ns"], np.int64) % self.period_ns == 0
-        for name, code in SAMPLE_COLUMNS.items():
-            column = np.array(self._columns[name], np.int64)[kept]
-            self._columns[name] = array(code, column.tolist())
+        rows = np.array(sorted(self._kept), np.int64).reshape(-1, len(Sample._fields))
+        return {name: rows[:, place] for place, name in enumerate(Sample._fields)}
 
 
 class Records:
@@ -210,7 +195,7 @@ class Records:
 
     def __init__(self, replicas: int, samples: StepSamples | None = None) -> None:
         self.gaps = GapHistogram()
-        self.samples = samples or StepSamples()
+        self.samples = StepSamples() if samples is None else samples
         self.totals = [ReplicaTotals() for _ in range(replicas)]
         self.tenants: list[str] = []
         self.end_ns = 0

@@ -154,9 +154,9 @@ class Replica:
         heapq.heappush(self._barriers, time_ns)
         self.executor.barrier_ns = self._barriers[0]
 
-    def pass_barriers(self) -> None:
-        """Forget the barriers that are reached."""
-        while self._barriers and self._barriers[0] <= self._clock.now_ns():
+    def pass_barriers(self, time_ns: int) -> None:
+        """What was to happen up to then has; what a jump made late is still to come."""
+        while self._barriers and self._barriers[0] <= time_ns:
             heapq.heappop(self._barriers)
         self.executor.barrier_ns = self._barriers[0] if self._barriers else NEVER_NS
 
@@ -318,19 +318,29 @@ class Replica:
         return SimulatedFaults(lost_at_step=self._dies_at[0] - self._steps_before)
 
     def _arm(self, wake_ns: int) -> None:
-        """See to it that the loop is pumped at `wake_ns`, after what else is due then."""
+        """See to it that the loop is pumped at `wake_ns`."""
         self._armed_ns = wake_ns
-        self._clock.call_at(
-            wake_ns, lambda: self._clock.call_at(wake_ns, partial(self._wake, wake_ns))
-        )
+        self._clock.call_at(wake_ns, partial(self._wake, wake_ns))
 
     def _wake(self, wake_ns: int) -> None:
-        if self._armed_ns == wake_ns:
-            self._armed_ns, next_ns = NEVER_NS, self._loop.next_wake_ns
-            if next_ns is not None and next_ns <= self._clock.now_ns():
-                self._on_due()
-            elif next_ns is not None:
-                self._arm(next_ns)
+        """The time that was armed has come; what the loop waits for may be later by now."""
+        if self._armed_ns != wake_ns:
+            return
+        self._armed_ns, next_ns = NEVER_NS, self._loop.next_wake_ns
+        if next_ns is None:
+            return
+        if next_ns > self._clock.now_ns():
+            self._arm(next_ns)
+        else:
+            # Behind every answer that is due: one that comes in time must count, also after a jump.
+            self._clock.call_at(self._clock.now_ns(), self._wake_now)
+
+    def _wake_now(self) -> None:
+        next_ns = self._loop.next_wake_ns
+        if next_ns is not None and next_ns <= self._clock.now_ns():
+            self._on_due()
+        elif next_ns is not None and self._armed_ns == NEVER_NS:
+            self._arm(next_ns)
 
 
 def turn_strides_off(spec: ReplicaSpec) -> ReplicaSpec:
