@@ -74,6 +74,13 @@ def profile(model: ModelOption, profiling: ProfileOptions, on: MachineOptions) -
     run_profile(model.model, profiling, on)
 
 
+def calibrate(model: ModelOption, on: MachineOptions) -> None:
+    """Measure what steps cost on this machine, for scheduling and simulation."""
+    from twostroke.cli.calibrate import run_calibrate
+
+    run_calibrate(model.model, on)
+
+
 def serve(model: ModelOption, serving: ServeOptions, on: MachineOptions) -> None:
     """Serve a model over an OpenAI-compatible API."""
     from twostroke.cli.serve import run_serve
@@ -99,6 +106,7 @@ COMMANDS = {
     "generate": Command(generate, (ModelOption, GenerateOptions, SamplingOptions, MachineOptions)),
     "chat": Command(chat, (ModelOption, SamplingOptions, MachineOptions)),
     "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
+    "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, MachineOptions)),
     "simulate": Command(
         simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)

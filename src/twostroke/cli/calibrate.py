@@ -1,0 +1,344 @@
+"""`twostroke calibrate`: measures steps of a model on this machine and stores what they cost.
+
+A grid of real plans goes straight to the executor, in rounds: every round runs every step once, in
+an order of its own, so that a slow moment of the machine touches other steps every time. Odd rounds
+are fitted and predict the even ones; what is stored is fitted to all. Steps of sizes between the
+grid's are never fitted and tell how well the fit holds elsewhere. Keys and values are one made-up
+number: their time does not depend on it, but memory never written to is read from one page.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+from twostroke.cli.compose import build_engine
+from twostroke.cli.options import MachineOptions
+from twostroke.cli.settings import EngineSettings, ResolvedSettings
+from twostroke.cli.step_cost import (
+    build_limits_cost,
+    get_calibration_path,
+    get_settings_work,
+    store_fit,
+)
+from twostroke.core.ports import StepAnswer
+from twostroke.core.types import Row, SamplingSpec, SequenceId, StepPlan
+from twostroke.errors import InvalidParameter
+from twostroke.exec.local import LocalExecutor
+from twostroke.plan.fit import fit_steps, get_quiet_ns
+from twostroke.plan.step_time import MeasuredCost
+from twostroke.spec.cost import StepCost
+from twostroke.spec.model import ModelSpec
+from twostroke.spec.work import StepTotals, add_totals
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BUDGET_S = 20.0
+_LEAST_ROUNDS = 4
+_MOST_ROUNDS = 24
+_LEAST_CELLS = 20
+_POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut to what fits
+# A step of few tokens is mostly reading weights; in service it follows one of its like, which left
+# the caches as it needs them. So it is run twice, and the second counts.
+_SHORT = 16
+_KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
+_COPIED_BYTES = 2**24
+_TABLE_WIDTH = 100
+_NOISY = 0.15
+
+# Decoding rows by their context, and lengths of a prompt's chunk by its start: long ones are few,
+# because they take most of a round's time.
+_DECODES = {
+    16: (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    256: (1, 2, 4, 8, 16, 32, 64),
+    1024: (1, 2, 4, 8, 16),
+    3072: (1, 3),
+}
+_PREFILLS = {
+    0: (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512),
+    512: (1, 4, 16, 32, 64, 256),
+    2048: (1, 8, 32, 128),
+}
+_MIXED = ((2, 30, 256), (8, 120, 0), (8, 504, 256), (32, 96, 512))
+# Sizes that are never fitted: decoding rows and their context, then a prompt's length and start.
+_BETWEEN = (
+    (5, 128, 0, 0),
+    (10, 640, 0, 0),
+    (40, 200, 0, 0),
+    (0, 0, 20, 100),
+    (0, 0, 80, 1000),
+    (0, 0, 350, 0),
+    (0, 0, 100, 1500),
+    (4, 400, 60, 300),
+    (16, 100, 150, 700),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A step to measure: rows as (new tokens, context before, drawn); kind, for reports."""
+
+    kind: str
+    rows: tuple[tuple[int, int, int], ...]
+    is_fitted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step that was measured: its totals, and nanoseconds of each round."""
+
+    cell: Cell
+    totals: StepTotals
+    times_ns: list[int] = field(default_factory=list)
+
+    def get_held_out_ns(self) -> float:
+        """Its time in the even rounds."""
+        return get_quiet_ns(self.times_ns[1::2])
+
+    def get_noise(self) -> float:
+        """How much longer than its time it took in the middle of all rounds, as a share."""
+        return median(self.times_ns) / get_quiet_ns(self.times_ns) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was found: `cost` is fitted to all rounds, `held_out` to the odd ones."""
+
+    measured: Sequence[Measured]
+    cost: MeasuredCost
+    held_out: MeasuredCost
+
+    def get_errors(self, kind: str = "", is_fitted: bool | None = None) -> list[float]:
+        """Relative errors of `held_out` against the even rounds, of some or all steps, rising."""
+        return sorted(
+            abs(self.held_out.predict_ns(each.totals) / each.get_held_out_ns() - 1)
+            for each in self.measured
+            if kind in ("", each.cell.kind) and is_fitted in (None, each.cell.is_fitted)
+        )
+
+
+def run_calibrate(model: str, on: MachineOptions) -> None:
+    """Measure, fit, print and store. Raises TwostrokeError."""
+    from rich.console import Console
+
+    wanted = EngineSettings(
+        model=model, threads=on.threads, backend=on.backend, kv_memory=_POOL_BYTES, has_chat=False
+    )
+    built = build_engine(wanted)
+    executor, spec, settings = built.parts.executor, built.parts.spec, built.settings
+    try:
+        if not isinstance(executor, LocalExecutor):
+            raise InvalidParameter("backend", "only an executor of this process can be measured")
+        found = calibrate(executor, spec, settings, BUDGET_S)
+    finally:
+        executor.close()
+        built.model.close()
+    path = get_calibration_path(spec, settings)
+    store_fit(path, found.cost.fit)
+    console = Console(highlight=False)
+    console.width = max(console.width, _TABLE_WIDTH)  # also where the output is piped on
+    console.print(build_table(found, build_limits_cost(spec, settings)))
+    rounds = len(found.measured[0].times_ns)
+    for line in describe(found):
+        console.print(line, soft_wrap=True)
+    console.print(f"{len(found.measured)} steps, {rounds} rounds; stored as {path}", soft_wrap=True)
+
+
+def calibrate(
+    executor: LocalExecutor, spec: ModelSpec, settings: ResolvedSettings, budget_s: float
+) -> Calibration:
+    """Measures the grid for about `budget_s` seconds, four rounds at least, and fits.
+
+    Writes to every block of the executor's pool.
+    """
+    executor.runner.view_kv().fill(_KV_BYTE)
+    work = get_settings_work(spec, settings)
+    measured: list[Measured] = []
+    for cell in list_cells(spec, settings):
+        totals = StepTotals()
+        for row in cell.rows:
+            totals = add_totals(totals, work.get_row_totals(*row))
+        measured.append(Measured(cell, totals))
+    plans = [
+        build_plan(each.cell, step, spec.vocab_size, settings.block_tokens)
+        for step, each in enumerate(measured)
+    ]
+    chosen = warm_up(executor, measured, plans, budget_s / _LEAST_ROUNDS)
+    measured, plans = [measured[at] for at in chosen], [plans[at] for at in chosen]
+    begin, rounds = time.monotonic(), 0
+    while rounds < _MOST_ROUNDS:
+        for at in get_order(len(plans), rounds):
+            if measured[at].totals.tokens <= _SHORT:
+                time_step(executor, plans[at])
+            measured[at].times_ns.append(time_step(executor, plans[at]))
+        rounds += 1
+        spent = time.monotonic() - begin
+        if rounds >= _LEAST_ROUNDS and spent + spent / rounds > budget_s:
+            break
+    copy_byte_ns = time_copies(executor, settings.num_blocks, settings.kv_bytes)
+    fitted = [each for each in measured if each.cell.is_fitted]
+    half = [(each.totals, at) for each in fitted for at in each.times_ns[::2]]
+    whole = [(each.totals, at) for each in fitted for at in each.times_ns]
+    cost, held_out = (MeasuredCost(work, fit_steps(each, copy_byte_ns)) for each in (whole, half))
+    return Calibration(measured, cost, held_out)
+
+
+def warm_up(
+    executor: LocalExecutor,
+    measured: Sequence[Measured],
+    plans: Sequence[StepPlan],
+    round_s: float,
+) -> list[int]:
+    """Runs steps once, those of few tokens first, and returns which are quick enough to repeat.
+
+    A slow machine leaves out the longest; what the fit needs is among the first.
+    """
+    order = sorted(range(len(plans)), key=lambda at: measured[at].totals.tokens)
+    begin = time.monotonic()
+    for done, at in enumerate(order, 1):
+        time_step(executor, plans[at])
+        if done >= _LEAST_CELLS and time.monotonic() - begin > round_s:
+            return sorted(order[:done])
+    return sorted(order)
+
+
+def get_order(count: int, turn: int) -> list[int]:
+    """0 … count - 1 in an order that differs from turn to turn, the same in every process."""
+    return sorted(
+        range(count), key=lambda at: (2_654_435_761 * (at + 1) * (turn + 1)) % 4_294_967_291
+    )
+
+
+def list_cells(spec: ModelSpec, settings: ResolvedSettings) -> Iterator[Cell]:
+    """The grid, as far as the model's context, the pool, the rows and the step budget allow."""
+    pool_tokens = settings.num_blocks * settings.block_tokens
+
+    def fits(cell: Cell) -> bool:
+        block = settings.block_tokens
+        lengths = [new + before for new, before, _ in cell.rows]
+        held = sum(-(-length // block) * block for length in lengths)
+        tokens = sum(new for new, _, _ in cell.rows)
+        return (
+            max(lengths) <= spec.context_tokens
+            and held <= pool_tokens
+            and len(cell.rows) <= settings.max_rows
+            and tokens <= settings.step_tokens
+        )
+
+    cells = [
+        Cell("decode", ((1, before, 1),) * rows)
+        for before, counts in _DECODES.items()
+        for rows in counts
+    ]
+    cells += [
+        Cell("prefill", ((new, start, 0),)) for start, sizes in _PREFILLS.items() for new in sizes
+    ]
+    cells += [Cell("prefill", ((new, 0, 1),)) for new in (16, 128)]
+    cells += [
+        Cell("mixed", ((1, before or 64, 1),) * rows + ((new, before, 0),))
+        for rows, new, before in _MIXED
+    ]
+    for rows, before, new, start in _BETWEEN:
+        prompt = ((new, start, 0),) if new else ()
+        kind = "mixed" if rows and new else "decode" if rows else "prefill"
+        cells.append(Cell(kind, ((1, before, 1),) * rows + prompt, is_fitted=False))
+    return (cell for cell in cells if fits(cell))
+
+
+def build_plan(cell: Cell, step: int, vocab_size: int, block_tokens: int) -> StepPlan:
+    """The cell as a plan: made-up tokens, blocks of its own for every row."""
+    rows, next_block = [], 0
+    for index, (new, before, sampled) in enumerate(cell.rows):
+        count = -(-(new + before) // block_tokens)
+        rows.append(
+            Row(
+                sequence=SequenceId(f"calibration-{index}", 0),
+                tokens=tuple((7919 * (index + at) + step) % vocab_size for at in range(new)),
+                start=before,
+                blocks=tuple(range(next_block, next_block + count)),
+                sampling=SamplingSpec() if sampled else None,
+            )
+        )
+        next_block += count
+    return StepPlan(step, tuple(rows))
+
+
+def time_step(executor: LocalExecutor, plan: StepPlan) -> int:
+    """The time the executor says a plan took, in nanoseconds. Raises what it answers instead."""
+    answers: list[StepAnswer] = []
+    executor.start(plan, answers.append)
+    executor.run_pending()
+    [answer] = answers
+    if isinstance(answer, Exception):
+        raise answer
+    return answer.duration_ns
+
+
+def time_copies(executor: LocalExecutor, num_blocks: int, kv_bytes: int) -> float:
+    """Nanoseconds a byte of KV takes between the pool and host memory, the slower way."""
+    count = max(1, min(num_blocks, _COPIED_BYTES * num_blocks // kv_bytes))
+    blocks = range(count)
+    times: list[list[int]] = [[], []]
+    for _ in range(5):
+        begin = time.perf_counter_ns()
+        handle = executor.read_kv(blocks)
+        read = time.perf_counter_ns()
+        executor.write_kv(handle, blocks)
+        times[0].append(read - begin)
+        times[1].append(time.perf_counter_ns() - read)
+    return max(median(each) for each in times) / len(handle)
+
+
+def build_table(found: Calibration, limits: StepCost) -> Table:
+    """Predicted beside measured, every step; and what the machine's limits alone would say."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("step")
+    headings = ("rows", "tokens", "keys a row", "measured, ms", "predicted", "error", "by limits")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for each in found.measured:
+        seen_ns = each.get_held_out_ns()
+        predicted_ns = found.held_out.predict_ns(each.totals)
+        table.add_row(
+            each.cell.kind + ("" if each.cell.is_fitted else " *"),
+            str(each.totals.rows),
+            str(each.totals.tokens),
+            str(sum(before for _, before, _ in each.cell.rows) // len(each.cell.rows)),
+            f"{seen_ns / 1e6:.3f}",
+            f"{predicted_ns / 1e6:.3f}",
+            f"{predicted_ns / seen_ns - 1:+.1%}",
+            f"{limits.predict_ns(each.totals) / 1e6:.3f}",
+        )
+    return table
+
+
+def describe(found: Calibration) -> Iterator[str]:
+    """Errors of the fit to odd rounds against even rounds, in a line for each kind of step."""
+    groups = {
+        "decode": found.get_errors("decode", True),
+        "prefill": found.get_errors("prefill", True),
+        "mixed": found.get_errors("mixed", True),
+        "all fitted": found.get_errors(is_fitted=True),
+        "* sizes between": found.get_errors(is_fitted=False),
+    }
+    for name, errors in groups.items():
+        if errors:
+            most = _get_p90(errors)
+            yield f"{name:15} median error {median(errors):.1%}, 90th percentile {most:.1%}"
+    noise = sorted(each.get_noise() for each in found.measured)
+    if _get_p90(noise) > _NOISY:
+        yield (
+            f"the machine was busy (a tenth of the steps took {_get_p90(noise):.0%} longer in half "
+            "of the rounds): calibrate again when it is quiet"
+        )
+
+
+def _get_p90(rising: Sequence[float]) -> float:
+    return rising[min(len(rising) - 1, int(0.9 * len(rising)))]
