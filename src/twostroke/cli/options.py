@@ -66,6 +66,13 @@ class MachineOptions:
         default="cpu",
         metadata=show('"cpu" (native kernels) or "reference" (NumPy, slow, reads like paper).'),
     )
+    kv: str | None = field(
+        default=None,
+        metadata=show(
+            'How keys and values are stored: "f16", "int8" (half of it, less exact) or "f32".',
+            default="f16; of the reference f32",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +190,10 @@ class SimulatedMachineOptions:
     router: str = field(
         default="least-tokens",
         metadata=show('"round-robin", "least-requests", "least-tokens" or "prefix-aware".'),
+    )
+    kv: str | None = field(
+        default=None,
+        metadata=show('How keys and values are stored: "f16", "int8" or "f32".', default="f16"),
     )
     kv_memory: str | None = field(
         default=None,

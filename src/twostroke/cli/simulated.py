@@ -24,8 +24,11 @@ from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import ROUTERS
 from twostroke.spec.catalog import get_known_model, list_known_models
 from twostroke.spec.device import DeviceSpec, get_known_device, list_known_devices
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec, ShardAxis
+from twostroke.spec.work import get_model_work
 
+KV_ELEMENTS = tuple(each.value for each in KvElement)
 STEP_TOKENS = 2048
 MAX_ROWS = 256
 MAX_REPLICAS = 100_000
@@ -34,7 +37,6 @@ KEPT_BACK = 0.10
 MAX_TARGET_MS = 1e9
 # Longer strides save nothing more: a plan is then a small part of what its steps cost.
 MAX_ITERATIONS = 1024
-_KV_ELEMENT_BYTES = 2
 ENGINES: Mapping[str, tuple[Overheads, str]] = {
     "eager": (EAGER, "overheads fitted to published runs of an engine of 2023"),
     "captured": (CAPTURED, "assumed overheads of an engine that replays captured kernels"),
@@ -43,7 +45,7 @@ ENGINES: Mapping[str, tuple[Overheads, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One replica's model on its devices. pool: blocks of KV, all devices together."""
+    """One replica's model on its devices. num_blocks: of KV, all devices together."""
 
     spec: ModelSpec
     device: DeviceSpec
@@ -52,12 +54,8 @@ class Hardware:
     cost: RooflineCost
     num_blocks: int
     block_tokens: int
+    block_bytes: int
     choices: tuple[Choice, ...]
-
-    @property
-    def block_bytes(self) -> int:
-        """KV of one block."""
-        return self.block_tokens * self.spec.get_kv_bytes_per_token(_KV_ELEMENT_BYTES)
 
 
 def check_name(parameter: str, name: str, known: Sequence[str]) -> str:
@@ -78,9 +76,9 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
     spec = _find_model(options.model)
     device, engine = _find_device(options.device)
     tp = _check_sharing(spec, device, options.tp)
-    # Where a device would hold less than a whole head, heads are held several times.
-    cost = RooflineCost(spec, device, tp, ENGINES[engine][0])
-    block_bytes = options.block_tokens * spec.get_kv_bytes_per_token(_KV_ELEMENT_BYTES)
+    element = KvElement(check_name("kv", options.kv or KvElement.F16.value, KV_ELEMENTS))
+    cost = RooflineCost(spec, device, tp, ENGINES[engine][0], get_model_work(spec, element))
+    block_bytes = options.block_tokens * spec.get_kv_bytes_per_token(element)
     num_blocks, pool_reason = _size_pool(options, spec, device, block_bytes)
     pool = (
         f"{format_bytes(num_blocks * block_bytes)} = {num_blocks * options.block_tokens:,} tokens"
@@ -101,9 +99,11 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
         cost=cost,
         num_blocks=num_blocks,
         block_tokens=options.block_tokens,
+        block_bytes=block_bytes,
         choices=(
             Choice("model", f"{spec.name}, {weights} {on_tp}", "as asked"),
             Choice("device", f"{device.name}, {engine}", ENGINES[engine][1]),
+            Choice("keys and values", element.value, _say(options.kv)),
             Choice("KV pool", f"{pool} a replica", pool_reason),
             Choice("longest request", f"{longest:,} tokens", longest_reason),
         ),
@@ -305,5 +305,5 @@ def _pick(name: str, wanted: int | None, default: int) -> int:
     return wanted
 
 
-def _say(wanted: int | None) -> str:
+def _say(wanted: object) -> str:
     return "default" if wanted is None else "as asked"
