@@ -265,31 +265,29 @@ class Replica:
 
         Blocks that a stride took for its later iterations count from those on.
         """
-        samples, now_ns = self._records.samples, self._clock.now_ns()
-        times_ns = outcome.iteration_ns or (outcome.duration_ns,)
-        begins_ns = list(accumulate(times_ns[:0:-1], lambda at, time: at - time, initial=now_ns))
-        begins_ns = [begun.time_ns, *begins_ns[:0:-1]]
-        rows, made_of = len(plan.rows), plan.iterations
+        samples, now_ns, held = self._records.samples, self._clock.now_ns(), begun.held_blocks
+        begins_ns, starts, early = [begun.time_ns], list[int](), 0
+        if plan.iterations > 1:
+            times_ns = outcome.iteration_ns
+            begins_ns = [*accumulate(times_ns, initial=now_ns - outcome.duration_ns)][:-1]
+            begins_ns[0] = begun.time_ns
+            starts = [row.start for row in plan.rows]
+            held -= sum([len(row.blocks) for row in plan.rows])
         at_ns = -(-begun.time_ns // samples.period_ns) * samples.period_ns
         while at_ns < now_ns:
-            early = 0
-            if made_of > 1:
-                iteration = bisect_right(begins_ns, at_ns) - 1
-                early = self._count_early_blocks(plan, iteration)
-            held_blocks = begun.held_blocks - early
-            sample = Sample(at_ns, self.index, rows, begun.waiting, held_blocks, *tokens)
-            samples.add(sample)
+            if starts:
+                early = self._count_blocks(starts, bisect_right(begins_ns, at_ns))
+            state = (len(plan.rows), begun.waiting, held + early)
+            samples.add(Sample(at_ns, self.index, *state, *tokens))
             at_ns = (at_ns // samples.period_ns + 1) * samples.period_ns
         self._next_sample_ns = at_ns
 
-    def _count_early_blocks(self, plan: StepPlan, iteration: int) -> int:
-        """Blocks of a stride that its iteration of that number, from 0, does not need yet."""
-        size = self._spec.info.block_tokens
-        least = -(-self._spec.scheduler.reserve_tokens // size)
-        return sum(
-            len(row.blocks) - max(least, -(-(row.start + 1 + iteration) // size))
-            for row in plan.rows
-        )
+    def _count_blocks(self, starts: list[int], tokens: int) -> int:
+        """Blocks of sequences that have computed so many tokens each, counted from `starts`."""
+        size, reserved = self._spec.info.block_tokens, self._spec.scheduler.reserve_tokens
+        if reserved:
+            return sum([-(-max(start + tokens, reserved) // size) for start in starts])
+        return sum([-(-(start + tokens) // size) for start in starts])
 
     # ---- executors ------------------------------------------------------------------------------
 
