@@ -43,9 +43,12 @@ struct Unit {
   }
 };
 
-template <bool HALF>
+template <KvElement E>
 inline F load_kv(const uint8_t* base, size_t index) {
-  if constexpr (HALF) return F::load_f16(reinterpret_cast<const uint16_t*>(base) + index);
+  if constexpr (E == KvElement::int8) return F::load_i8(base + index);
+  if constexpr (E == KvElement::f16) {
+    return F::load_f16(reinterpret_cast<const uint16_t*>(base) + index);
+  }
   return F::load(reinterpret_cast<const float*>(base) + index);
 }
 
@@ -117,9 +120,9 @@ struct Group {
 };
 
 // p[i][key] = q[vector + i] . k[key] for the keys of COLUMNS blocks.
-template <bool HALF, int N, int COLUMNS>
+template <KvElement E, int N, int COLUMNS>
 inline void score_blocks(const Unit& unit, const Segment& segment, int vector, int block) {
-  constexpr int BYTES = COLUMNS * kLanes * (HALF ? 2 : 4);  // read for one dimension
+  constexpr int BYTES = COLUMNS * kLanes * get_bytes(E);  // read for one dimension
   const int dim = unit.head_dim;
   const float* q = unit.q + static_cast<size_t>(vector) * dim;
   F sums[N][COLUMNS];
@@ -132,12 +135,13 @@ inline void score_blocks(const Unit& unit, const Segment& segment, int vector, i
   }
   for (int part = 0, d = 0; part < COLUMNS; ++part) {
     const uint8_t* ahead = segment.stream[block + part + kAheadBlocks];
+    if (E == KvElement::int8) prefetch<128>(ahead + unit.args.kv->value_bytes);  // its scales
     for (const int stop = d + dim / COLUMNS; d < stop; ++d, ahead += BYTES) {
       prefetch<BYTES>(ahead);
       F column[COLUMNS];
 #pragma GCC unroll 8
       for (int c = 0; c < COLUMNS; ++c) {
-        column[c] = load_kv<HALF>(k[c], static_cast<size_t>(d) * kLanes);
+        column[c] = load_kv<E>(k[c], static_cast<size_t>(d) * kLanes);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
@@ -151,22 +155,23 @@ inline void score_blocks(const Unit& unit, const Segment& segment, int vector, i
   for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 8
     for (int c = 0; c < COLUMNS; ++c) {
+      if (E == KvElement::int8) sums[i][c] = sums[i][c] * F::load(unit.args.kv->scales(k[c]));
       sums[i][c].store(unit.p + i * kSegmentKeys + (block + c) * kLanes);
     }
   }
 }
 
 // Scores of all blocks that hold keys any of the group sees, and perhaps of one more.
-template <bool HALF, int N>
+template <KvElement E, int N>
 inline void score(const Unit& unit, const Segment& segment, const Group<N>& group) {
   constexpr int FEW = kColumns > 1 ? kColumns / 2 : 1;
   const int last = (group.last + kLanes - 1) / kLanes;
   for (int block = group.first / kLanes / kColumns * kColumns; block < last;) {
     if (last - block > FEW) {
-      score_blocks<HALF, N, kColumns>(unit, segment, group.vector, block);
+      score_blocks<E, N, kColumns>(unit, segment, group.vector, block);
       block += kColumns;
     } else {
-      score_blocks<HALF, N, FEW>(unit, segment, group.vector, block);
+      score_blocks<E, N, FEW>(unit, segment, group.vector, block);
       block += FEW;
     }
   }
@@ -186,8 +191,10 @@ inline void hide(float* p, int first_block, int last_block, int from, int to) {
 }
 
 // Turns the group's scores into probabilities against each vector's largest, m; l are their sums.
-template <int N>
-inline void soften(const Unit& unit, const Group<N>& group, float* m, float* l) {
+// The scale of an int8 value is multiplied into its probability.
+template <KvElement E, int N>
+inline void soften(const Unit& unit, const Segment& segment, const Group<N>& group, float* m,
+                   float* l) {
   const int first = group.first / kLanes, last = (group.last + kLanes - 1) / kLanes;
   const int all_first = (group.all_first + kLanes - 1) / kLanes, all_last = group.all_last / kLanes;
   const bool some = all_first < all_last;  // blocks of which all see every key
@@ -212,11 +219,13 @@ inline void soften(const Unit& unit, const Group<N>& group, float* m, float* l) 
     best[i] = F::set(m[i]);
   }
   for (int b = first; b < last; ++b) {
+    F scale = F::set(1.0f);
+    if (E == KvElement::int8) scale = F::load(unit.args.kv->scales(segment.keys(b)) + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       float* place = unit.p + i * kSegmentKeys + b * kLanes;
       const F e = exp2_16(F::load(place) - best[i]);
-      e.store(place);
+      (E == KvElement::int8 ? e * scale : e).store(place);
       sum[i] = sum[i] + e;
     }
   }
@@ -225,12 +234,12 @@ inline void soften(const Unit& unit, const Group<N>& group, float* m, float* l) 
 }
 
 // One key's value, COLUMNS vectors from dimension d: sums[i] += p[i][key] v[key].
-template <bool HALF, int N, int COLUMNS, bool ALL>
+template <KvElement E, int N, int COLUMNS, bool ALL>
 inline void gather_key(const Unit& unit, const Group<N>& group, const uint8_t* v, int key,
                        F (&sums)[N][COLUMNS]) {
   F row[COLUMNS];
 #pragma GCC unroll 8
-  for (int c = 0; c < COLUMNS; ++c) row[c] = load_kv<HALF>(v, c * kLanes);
+  for (int c = 0; c < COLUMNS; ++c) row[c] = load_kv<E>(v, c * kLanes);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     if (!ALL && (key < group.from[i] || key >= group.to[i])) continue;
@@ -242,10 +251,10 @@ inline void gather_key(const Unit& unit, const Group<N>& group, const uint8_t* v
 
 // The group's outputs of a segment in COLUMNS vectors from dimension d, key by key in order: merged
 // into the totals (old total times `keep`, new part times `take`), or written to the partials.
-template <bool HALF, int N, int COLUMNS>
+template <KvElement E, int N, int COLUMNS>
 inline void gather(const Unit& unit, const Segment& segment, const Group<N>& group, int d,
                    const float* keep, const float* take) {
-  constexpr size_t BYTES = HALF ? 2 : 4;
+  constexpr size_t BYTES = get_bytes(E);
   const size_t dim = unit.head_dim;
   F sums[N][COLUMNS];
 #pragma GCC unroll 8
@@ -264,13 +273,13 @@ inline void gather(const Unit& unit, const Segment& segment, const Group<N>& gro
       stop = stop < group.all_last ? stop : group.all_last;
       for (; key < stop; ++key, v += dim * BYTES, ahead += dim * BYTES) {
         prefetch<COLUMNS * kLanes * BYTES>(ahead);
-        gather_key<HALF, N, COLUMNS, true>(unit, group, v, key, sums);
+        gather_key<E, N, COLUMNS, true>(unit, group, v, key, sums);
       }
       continue;
     }
     if (key < group.all_first && group.all_first < stop) stop = group.all_first;
     for (; key < stop; ++key, v += dim * BYTES) {
-      gather_key<HALF, N, COLUMNS, false>(unit, group, v, key, sums);
+      gather_key<E, N, COLUMNS, false>(unit, group, v, key, sums);
     }
   }
 #pragma GCC unroll 8
@@ -306,12 +315,12 @@ inline void merge_sums(const float* m, const float* l, int n, float* total_m, fl
   }
 }
 
-template <bool HALF, int N>
+template <KvElement E, int N>
 inline void visit(const Unit& unit, const Segment& segment, int vector) {
   const Group<N> group(unit, segment, vector);
   alignas(64) float m[kLanes] = {}, l[kLanes] = {}, keep[kLanes], take[kLanes];
-  score<HALF, N>(unit, segment, group);
-  soften<N>(unit, group, m, l);
+  score<E, N>(unit, segment, group);
+  soften<E, N>(unit, segment, group, m, l);
   if (unit.partial == nullptr) {
     merge_sums(m, l, N, unit.total_m + vector, unit.total_l + vector, keep, take);
   } else {
@@ -323,24 +332,24 @@ inline void visit(const Unit& unit, const Segment& segment, int vector) {
   }
   int d = 0;
   for (; d + kColumns * kLanes <= unit.head_dim; d += kColumns * kLanes) {
-    gather<HALF, N, kColumns>(unit, segment, group, d, keep, take);
+    gather<E, N, kColumns>(unit, segment, group, d, keep, take);
   }
-  for (; d < unit.head_dim; d += kLanes) gather<HALF, N, 1>(unit, segment, group, d, keep, take);
+  for (; d < unit.head_dim; d += kLanes) gather<E, N, 1>(unit, segment, group, d, keep, take);
 }
 
 // All vectors in groups of at most kTogether, as even as they can be.
-template <bool HALF>
+template <KvElement E>
 inline void visit_segment(const Unit& unit, const Segment& segment) {
   for (int v = 0; v < unit.vectors;) {
     const int left = unit.vectors - v, groups = (left + kTogether - 1) / kTogether;
     const int n = (left + groups - 1) / groups;
     switch (n) {
-      case 6: visit<HALF, 6>(unit, segment, v); break;
-      case 5: visit<HALF, 5>(unit, segment, v); break;
-      case 4: visit<HALF, 4>(unit, segment, v); break;
-      case 3: visit<HALF, 3>(unit, segment, v); break;
-      case 2: visit<HALF, 2>(unit, segment, v); break;
-      default: visit<HALF, 1>(unit, segment, v);
+      case 6: visit<E, 6>(unit, segment, v); break;
+      case 5: visit<E, 5>(unit, segment, v); break;
+      case 4: visit<E, 4>(unit, segment, v); break;
+      case 3: visit<E, 3>(unit, segment, v); break;
+      case 2: visit<E, 2>(unit, segment, v); break;
+      default: visit<E, 1>(unit, segment, v);
     }
     v += n;
   }
@@ -354,22 +363,24 @@ inline void write_normalised(const float* o, float l, int head_dim, float* y) {
 inline void attention(const AttentionArgs& args) {
   Unit unit(args);
   const size_t dim = unit.head_dim;
-  const F scale = F::set(args.scale * 1.44269504088896341f);
+  const bool rotated = args.kv->element == KvElement::int8;  // then keys are H k
+  const F scale = F::set(args.scale * 1.44269504088896341f / (rotated ? rotated_dims(dim) : 1));
   for (int v = 0; v < unit.vectors; ++v) {
     const float* source = args.q + v / args.group * args.stride + v % args.group * dim;
     for (size_t d = 0; d < dim; d += kLanes) {
       (F::load(source + d) * scale).store(unit.q + v * dim + d);
       F::set(0.0f).store(unit.total_o + v * dim + d);
     }
+    if (rotated) rotate(unit.q + v * dim, unit.head_dim);
     unit.total_m[v] = -std::numeric_limits<float>::infinity();
     unit.total_l[v] = 0.0f;
   }
   for (int s = args.first_segment; s < args.last_segment; ++s) {
     const Segment segment(unit, s);
-    if (args.kv->half) {
-      visit_segment<true>(unit, segment);
-    } else {
-      visit_segment<false>(unit, segment);
+    switch (args.kv->element) {
+      case KvElement::f32: visit_segment<KvElement::f32>(unit, segment); break;
+      case KvElement::f16: visit_segment<KvElement::f16>(unit, segment); break;
+      case KvElement::int8: visit_segment<KvElement::int8>(unit, segment); break;
     }
     if (unit.partial != nullptr) unit.partial += args.partial_stride;
   }

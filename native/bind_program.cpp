@@ -37,19 +37,19 @@ struct BoundProgram {
   int vocab = 1 << 30, max_positions = 1 << 30;  // until an embedding or a rope says less
 
   BoundProgram(ThreadPool& pool, const std::string& kernels, Bytes memory, nb::tuple kv_shape,
-               bool half, int max_tokens, int max_logit_rows)
-      : program(pool, get_kernels(kernels.c_str()), make_pool(memory, kv_shape, half), max_tokens,
+               const std::string& element, int max_tokens, int max_logit_rows)
+      : program(pool, get_kernels(kernels.c_str()), make_pool(memory, kv_shape, element), max_tokens,
                 max_logit_rows),
-        kv(make_pool(memory, kv_shape, half)),
+        kv(make_pool(memory, kv_shape, element)),
         max_tokens(max_tokens),
         max_logit_rows(max_logit_rows) {}
   BoundProgram(const BoundProgram&) = delete;
   BoundProgram& operator=(const BoundProgram&) = delete;
 
-  // kv_shape is (layers, blocks, kv_heads, head_dim).
-  static KvPool make_pool(const Bytes& memory, const nb::tuple& shape, bool half) {
+  // kv_shape is (layers, blocks, kv_heads, head_dim); element as in kernels/ops.py: KVShape.
+  static KvPool make_pool(const Bytes& memory, const nb::tuple& shape, const std::string& element) {
     KvPool pool{memory.data(),          nb::cast<int>(shape[0]), nb::cast<int>(shape[1]),
-                nb::cast<int>(shape[2]), nb::cast<int>(shape[3]), half};
+                nb::cast<int>(shape[2]), nb::cast<int>(shape[3]), parse_kv_element(element)};
     require(memory.size() == pool.bytes(), "the KV memory has not the size of its shape");
     return pool;
   }
@@ -235,7 +235,7 @@ void bind_program(nb::module_& m) {
       });
 
   nb::class_<BoundProgram> cls(m, "Program");
-  cls.def(nb::init<ThreadPool&, const std::string&, Bytes, nb::tuple, bool, int, int>(),
+  cls.def(nb::init<ThreadPool&, const std::string&, Bytes, nb::tuple, const std::string&, int, int>(),
           nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>())
       .def("run_body", &BoundProgram::run_body)
       .def("run_head", &BoundProgram::run_head)

@@ -6,6 +6,13 @@
 
 namespace twostroke {
 
+KvElement parse_kv_element(const std::string& name) {
+  if (name == "f32") return KvElement::f32;
+  if (name == "f16") return KvElement::f16;
+  if (name == "int8") return KvElement::int8;
+  throw std::invalid_argument("unknown KV element '" + name + "': there are f32, f16, int8");
+}
+
 const Kernels& get_kernels(const char* name) {
   const std::string wanted = name;
   std::string known = "auto, portable";

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "pack.h"
 
@@ -42,28 +43,57 @@ struct GatedLinearArgs {
   QuantisedRows out;
 };
 
+enum class KvElement { f32, f16, int8 };
+
+constexpr size_t get_bytes(KvElement element) {
+  return element == KvElement::f32 ? 4 : element == KvElement::f16 ? 2 : 1;
+}
+
+// The element of this name, as in spec/kv.py. Throws std::invalid_argument naming what there is.
+KvElement parse_kv_element(const std::string& name);
+
 // One KV pool. A block holds all layers one after another, so that a sequence's first tokens touch
-// little memory and a block moves in one piece; a layer of it is, for each KV head, K as
-// [head_dim][16] (a vector is one dimension of sixteen keys), then for each head V as [16][head_dim].
+// little memory and a block moves in one piece. A layer of it is, for each KV head, K as
+// [head_dim][16] (a vector is one dimension of sixteen keys), then for each head V as [16][head_dim]:
+//
+//   f32, f16  K head 0 | K head 1 … | V head 0 | V head 1 …
+//   int8      K head 0 | its K scales [16] | its V scales [16] | K head 1 … | V head 0 | V head 1 …
+//
+// with float32 scales, one a token: value = scale * element. int8 keys are rotated (rotate.h).
 struct KvPool {
   uint8_t* data;
   int num_layers, num_blocks, num_kv_heads, head_dim;
-  bool half;  // elements are f16, else f32
+  KvElement element;
+  size_t value_bytes, key_bytes, layer_bytes;  // of a head's values and keys, of a block's layer
 
-  size_t element_bytes() const { return half ? 2 : 4; }
-  size_t head_bytes() const { return static_cast<size_t>(head_dim) * kLanes * element_bytes(); }
-  size_t layer_bytes() const { return 2 * num_kv_heads * head_bytes(); }
-  size_t bytes() const { return layer_bytes() * num_layers * num_blocks; }
+  KvPool(uint8_t* data, int num_layers, int num_blocks, int num_kv_heads, int head_dim,
+         KvElement element)
+      : data(data),
+        num_layers(num_layers),
+        num_blocks(num_blocks),
+        num_kv_heads(num_kv_heads),
+        head_dim(head_dim),
+        element(element),
+        value_bytes(static_cast<size_t>(head_dim) * kLanes * get_bytes(element)),
+        key_bytes(value_bytes + (element == KvElement::int8 ? 2 * kLanes * sizeof(float) : 0)),
+        layer_bytes(num_kv_heads * (key_bytes + value_bytes)) {}
+
+  size_t bytes() const { return layer_bytes * num_layers * num_blocks; }
   uint8_t* block(int layer, int block) const {
-    return data + (static_cast<size_t>(block) * num_layers + layer) * layer_bytes();
+    return data + (static_cast<size_t>(block) * num_layers + layer) * layer_bytes;
   }
-  uint8_t* keys(int layer, int b, int head) const {
-    return block(layer, b) + head * head_bytes();
-  }
+  uint8_t* keys(int layer, int b, int head) const { return block(layer, b) + head * key_bytes; }
   uint8_t* values(int layer, int b, int head) const {
-    return block(layer, b) + (num_kv_heads + head) * head_bytes();
+    return block(layer, b) + num_kv_heads * key_bytes + head * value_bytes;
+  }
+  // The scales of sixteen keys, then of the sixteen values, given where a head's keys lie.
+  float* scales(uint8_t* keys) const { return reinterpret_cast<float*>(keys + value_bytes); }
+  const float* scales(const uint8_t* keys) const {
+    return reinterpret_cast<const float*>(keys + value_bytes);
   }
 };
+
+constexpr int kMostInt8Dims = 1024;  // largest head_dim of an int8 pool
 
 constexpr int kSegmentKeys = 256;  // keys a softmax, at absolute positions
 constexpr int kQueryTile = 16;     // tokens of one row a unit handles

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "simd.h"
 
+#include "rotate.h"
 #include "attention.h"
 #include "blocks.h"
 #include "rows.h"

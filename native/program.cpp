@@ -45,6 +45,9 @@ Program::Program(ThreadPool& pool, const Kernels& kernels, KvPool kv, int max_to
       max_logit_rows_(max_logit_rows),
       scratch_(pool.size()) {
   if (kv.head_dim % kLanes != 0) throw std::invalid_argument("head_dim must be a multiple of 16");
+  if (kv.element == KvElement::int8 && kv.head_dim > kMostInt8Dims) {
+    throw std::invalid_argument("head_dim must be at most 1024 for int8 keys and values");
+  }
 }
 
 size_t Program::get_row_stride(size_t width) {

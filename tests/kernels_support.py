@@ -12,7 +12,8 @@ from twostroke._native import Program, ThreadPool, kernels_name
 from twostroke.kernels.cpu.recorder import Recorder, Slot
 from twostroke.kernels.cpu.weights import PackedMatrix, pack_matrix
 from twostroke.kernels.ops import F32, KVShape, OpTable, StepArrays
-from twostroke.kernels.reference.ops import ReferenceKV, write_kv
+from twostroke.kernels.reference.ops import ReferenceKV, rotate, round_to_int8, write_kv
+from twostroke.spec.kv import KvElement
 from twostroke.spec.quant import Format
 
 BLOCK = 16
@@ -75,7 +76,7 @@ def run_native(
     memory, shape = kv
     pool = ThreadPool(threads)
     sizes = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim)
-    program = Program(pool, isa, memory, sizes, shape.element == "f16", len(step.tokens), 1)
+    program = Program(pool, isa, memory, sizes, shape.element.value, len(step.tokens), 1)
     recorder = Recorder()
     ops: OpTable = recorder.make_ops()
     slots = [recorder.new_input(values.shape[1]) for values in inputs]
@@ -99,13 +100,35 @@ def plain_step(tokens: int) -> StepArrays:
     )
 
 
-def make_native_kv(kv: ReferenceKV, shape: KVShape) -> NDArray[np.uint8]:
-    """A reference pool's contents in the native layout, values already in its element type."""
-    element = np.float16 if shape.element == "f16" else np.float32
-    keys = kv.keys.astype(element).transpose(1, 0, 3, 4, 2)  # (block, layer, head, dim, token)
-    values = kv.values.astype(element).transpose(1, 0, 3, 2, 4)
-    flat = [pool.reshape(*pool.shape[:2], -1) for pool in (keys, values)]
-    return np.ascontiguousarray(np.concatenate(flat, axis=2)).view(np.uint8).reshape(-1)
+def store_kv(kv: ReferenceKV, shape: KVShape) -> ReferenceKV:
+    """A pool of any floats in the element type of `shape`; what is no number becomes large."""
+    keys, values = (
+        np.nan_to_num(pool, nan=6e4).astype(np.float32) for pool in (kv.keys, kv.values)
+    )
+    if shape.element is KvElement.INT8:
+        (keys, key_scales), (values, value_scales) = (
+            round_to_int8(rotate(keys)),
+            round_to_int8(values),
+        )
+        return ReferenceKV(keys, values, key_scales, value_scales)
+    stored = np.float16 if shape.element is KvElement.F16 else np.float32
+    return ReferenceKV(keys.astype(stored), values.astype(stored))
+
+
+def make_native_kv(kv: ReferenceKV) -> NDArray[np.uint8]:
+    """A reference pool's bytes in the native layout (native/kernels.h: KvPool)."""
+    layers, blocks, _, heads, _ = kv.keys.shape
+
+    def flatten(array: NDArray[np.generic], axes: Sequence[int]) -> NDArray[np.uint8]:
+        ordered = np.ascontiguousarray(array.transpose(axes))
+        return ordered.view(np.uint8).reshape(blocks, layers, heads, -1)
+
+    by_dimension, by_token = (1, 0, 3, 4, 2), (1, 0, 3, 2, 4)
+    first = [flatten(kv.keys, by_dimension)]
+    if kv.key_scales is not None and kv.value_scales is not None:
+        first += [flatten(scales, by_token) for scales in (kv.key_scales, kv.value_scales)]
+    parts = [np.concatenate(first, axis=3), flatten(kv.values, by_token)]
+    return np.concatenate([part.reshape(blocks, layers, -1) for part in parts], axis=2).reshape(-1)
 
 
 def fill_kv(kv: ReferenceKV, step: StepArrays, rng: np.random.Generator, scale: float) -> None:

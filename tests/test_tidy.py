@@ -17,6 +17,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 6
 MAX_CORE_LINES = 1_500
+MAX_KV_LINES = 450
 MAX_ENVIRONMENT_VARIABLES = 5
 
 SOURCE = REPO / "src" / "twostroke"
@@ -120,6 +121,11 @@ def test_a_file_stops_at_500_lines() -> None:
 def test_the_scheduler_stays_under_1500_lines() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in (SOURCE / "core").glob("*.py"))
     assert lines < MAX_CORE_LINES
+
+
+def test_the_memory_under_the_scheduler_stays_small_too() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in (SOURCE / "kv").glob("*.py"))
+    assert lines < MAX_KV_LINES
 
 
 def test_a_function_stops_at_70_lines() -> None:

@@ -29,7 +29,7 @@ class Program:
         kernels: str,
         memory: NDArray[np.uint8],
         kv_shape: tuple[int, int, int, int],
-        half: bool,
+        element: str,
         max_tokens: int,
         max_logit_rows: int,
     ) -> None: ...

@@ -60,6 +60,18 @@ def test_the_engine_has_the_sizes_that_were_settled(model_file: Path) -> None:
         assert settings.kv_bytes <= 64 * 1024
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_pool_has_the_bytes_of_the_elements_asked_for(model_file: Path, backend: str) -> None:
+    sizes = {}
+    for kv in ("f32", "f16", "int8"):
+        with LLM(model_file, threads=1, backend=backend, kv=kv, max_rows=1) as llm:
+            (output,) = llm.generate([PROMPT], PARAMS)
+            assert len(output.completions[0].tokens) == 7
+            sizes[kv] = llm.built.parts.executor.describe().kv_bytes
+            assert llm.built.settings.kv_bytes == sizes[kv]
+    assert sizes["int8"] < 0.7 * sizes["f16"] < 0.5 * sizes["f32"]
+
+
 def test_a_pool_smaller_than_the_context_names_the_longest_prompt(model_file: Path) -> None:
     with LLM(model_file, threads=1, kv_memory=2 * 16 * 512) as llm:
         with pytest.raises(PromptTooLong) as caught:

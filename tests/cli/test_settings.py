@@ -14,6 +14,7 @@ from twostroke.cli.settings import (
     resolve_settings,
 )
 from twostroke.errors import InvalidParameter
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 
 MACHINE = Machine(6, "cores", 2**34, "memory")
@@ -70,6 +71,30 @@ def test_the_reference_backend_keeps_kv_in_four_bytes() -> None:
     assert reference.kv_bytes == 2 * native.kv_bytes
 
 
+def test_int8_keys_and_values_take_little_more_than_half_the_memory() -> None:
+    half = resolve_settings(EngineSettings(model="m"), make_spec(), MACHINE)
+    small = resolve_settings(EngineSettings(model="m", kv="int8"), make_spec(), MACHINE)
+    assert small.num_blocks == half.num_blocks
+    assert small.kv_bytes * 2 * make_spec().head_dim == half.kv_bytes * (make_spec().head_dim + 4)
+
+
+def test_int8_says_at_start_what_it_costs() -> None:
+    resolved = resolve_settings(EngineSettings(model="m", kv="int8"), make_spec(), MACHINE)
+    (choice,) = (each for each in resolved.choices if each.name == "KV element")
+    assert "mean log-probability error" in choice.reason
+    assert f"{(make_spec().head_dim + 4) / make_spec().head_dim / 2:.0%} of f16" in choice.reason
+
+
+@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_every_backend_keeps_every_kv_element(backend: str, element: KvElement) -> None:
+    wanted = EngineSettings(model="m", backend=backend, kv=element.value)
+    resolved = resolve_settings(wanted, make_spec(), MACHINE)
+    assert resolved.kv_element is element
+    tokens = resolved.num_blocks * resolved.block_tokens
+    assert resolved.kv_bytes == tokens * make_spec().get_kv_bytes_per_token(element)
+
+
 def test_rows_never_outnumber_the_step_budget() -> None:
     resolved = resolve_settings(EngineSettings(model="m", step_tokens=16), make_spec(), MACHINE)
     assert resolved.max_rows == 16
@@ -85,6 +110,7 @@ def test_every_setting_gives_its_reason() -> None:
     ("parameter", "wanted"),
     [
         ("backend", EngineSettings(model="m", backend="cuda")),
+        ("kv", EngineSettings(model="m", kv="int4")),
         ("threads", EngineSettings(model="m", threads=0)),
         ("threads", EngineSettings(model="m", threads=True)),
         ("threads", EngineSettings(model="m", threads=10**9)),

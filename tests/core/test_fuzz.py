@@ -7,11 +7,15 @@ driven to its end. `--hypothesis-profile=fuzz` makes thousands of runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from scheduler_model import Driver
+from scheduler_fuzz import FakeAccounts, FakePace, FewestLeft
+from scheduler_model import Driver, RandomDrafter
+from twostroke.core.policy import Policies, PriorityThenArrival
 from twostroke.core.types import Finished, Idle, Request, SamplingSpec, SchedulerConfig
 
 VOCAB_SIZE = 17
@@ -25,11 +29,22 @@ configs = st.builds(
     max_rows=st.integers(1, 7),
     context_tokens=st.integers(2, 32),
     vocab_size=st.just(VOCAB_SIZE),
+    host_blocks=st.sampled_from([0, 3, 9]),
+    watermark_blocks=st.sampled_from([0, 2]),
+    cache_seed=st.sampled_from(["", "model"]),
+)
+choices = st.builds(
+    Policies,
+    order=st.builds(PriorityThenArrival) | st.builds(FewestLeft),
+    accounts=st.none() | st.builds(FakeAccounts),
+    pace=st.none() | st.builds(FakePace),
+    prefers_swap=st.sampled_from([lambda tokens, blocks: True, lambda tokens, blocks: False]),
 )
 requests = st.builds(
     Request,
     id=IDS,
-    prompt=st.lists(st.integers(0, VOCAB_SIZE), max_size=20).map(tuple),
+    prompt=st.lists(st.integers(0, VOCAB_SIZE), max_size=20).map(tuple)
+    | st.integers(1, 20).map(lambda length: tuple(range(length))).filter(len),
     max_new_tokens=st.integers(0, 30),
     sampling=st.builds(
         SamplingSpec,
@@ -42,6 +57,7 @@ requests = st.builds(
     min_new_tokens=st.integers(0, 3),
     prompt_logprobs=st.sampled_from([None, 1]),
     priority=st.integers(-1, 1),
+    tenant=st.sampled_from(["", "a"]),
 )
 
 
@@ -50,9 +66,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     driver: Driver
 
-    @initialize(config=configs)
-    def start(self, config: SchedulerConfig) -> None:
-        self.driver = Driver(config)
+    @initialize(config=configs, policies=choices, drafts=st.booleans())
+    def start(self, config: SchedulerConfig, policies: Policies, drafts: bool) -> None:
+        drafter = RandomDrafter(config) if drafts else None
+        self.driver = Driver(config, replace(policies, drafter=drafter))
 
     @rule(request=requests)
     def submit(self, request: Request) -> None:
@@ -66,9 +83,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def stop_one(self, id: str, index: int) -> None:
         self.driver.cancel(id, index, Finished("stop"))
 
-    @rule(ahead=st.booleans())
-    def plan(self, ahead: bool) -> None:
-        self.driver.plan()
+    @rule(ahead=st.booleans(), iterations=st.sampled_from([1, 1, 3, 50]))
+    def plan(self, ahead: bool, iterations: int) -> None:
+        self.driver.plan(iterations)
         if ahead:
             self.driver.run_ahead()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -99,9 +100,9 @@ MALFORMED: dict[str, tuple[Callable[[StepOutcome], StepOutcome], str]] = {
     ),
     "no token": (_change_first(tokens=()), "0 tokens"),
     "two tokens": (_change_first(tokens=(1, 2)), "2 tokens"),
-    "a token beyond the vocabulary": (_change_first(tokens=(1000,)), "token 1000"),
-    "a negative token": (_change_first(tokens=(-1,)), "token -1"),
-    "a token of another type": (_change_first(tokens=(1.0,)), "token 1.0"),
+    "a token beyond the vocabulary": (_change_first(tokens=(1000,)), "(1000,) are"),
+    "a negative token": (_change_first(tokens=(-1,)), "(-1,) are"),
+    "a token of another type": (_change_first(tokens=(1.0,)), "(1.0,) are"),
     "drafts that were not made": (_change_first(tokens=(1, 2), accepted_drafts=1), "1 drafts"),
     "no logprobs": (_change_first(logprobs=()), "0 logprobs for 1 tokens"),
     "a score not asked for": (_change_first(scored=(LOGPROB,)), "1 scored tokens"),
@@ -116,9 +117,9 @@ def test_a_malformed_answer_is_refused_and_changes_nothing(fault: str) -> None:
     plan(driver)
     good = driver.executor.run(driver.flights[0])
     spoil, message = MALFORMED[fault]
-    with pytest.raises(ExecutorLost, match=message):
+    with pytest.raises(ExecutorLost, match=re.escape(message)):
         driver.scheduler.commit(spoil(good), 0)
-    assert driver.scheduler.num_in_flight == 1
+    assert len(driver.scheduler._flights) == 1
     driver.drain()  # the good answer is taken
 
 
@@ -155,7 +156,7 @@ def test_losing_a_step_loses_every_later_one() -> None:
     plan(driver)
     plan(driver)
     driver.lose(0, [0, 0])
-    assert driver.scheduler.num_in_flight == 0
+    assert len(driver.scheduler._flights) == 0
     assert driver.scheduler.lose(1, "lost with the first", 0) == ()
     assert plan(driver).rows[0].start == 0
     driver.drain()
@@ -250,7 +251,7 @@ def _draft(scheduler: Scheduler, drafts: tuple[int, ...]) -> StepPlan:
     place = flight.placements[0]
     sequence, row = place.sequence, place.row
     end = row.start + len(row.tokens) + len(drafts)
-    grown = scheduler._roster.get_num_blocks(end) - len(sequence.table)
+    grown = scheduler._roster.memory.get_num_blocks(end) - len(sequence.table)
     sequence.table.grow(grown)
     sequence.planned += len(drafts)
     place.grown += grown

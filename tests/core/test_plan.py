@@ -224,9 +224,9 @@ def test_counts_and_views_follow_a_request() -> None:
     driver = build_driver()
     scheduler = driver.scheduler
     driver.submit(build_request("a", 6, 2))
-    assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (1, 0, 0)
+    assert (scheduler.num_waiting, scheduler.num_running, len(scheduler._flights)) == (1, 0, 0)
     driver.plan()
-    assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (0, 1, 1)
+    assert (scheduler.num_waiting, scheduler.num_running, len(scheduler._flights)) == (0, 1, 1)
     assert scheduler.num_free_blocks == 62
     assert scheduler.num_held_tokens == 0
     driver.commit()

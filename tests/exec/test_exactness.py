@@ -12,6 +12,7 @@ from tiny_models import TINY_SPECS, VOCAB, Run, make_config, make_tensors, run_r
 from twostroke.core.types import Request, SamplingSpec
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import RunnerSizes
+from twostroke.spec.kv import KvElement
 from twostroke.spec.quant import Format
 
 SIZES = RunnerSizes(threads=2, num_blocks=400, block_tokens=16, max_step_tokens=512)
@@ -90,14 +91,28 @@ def test_thread_count_changes_nothing(alone: tuple[str, Run], threads: int) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_preemption_changes_nothing(family: str) -> None:
-    spec = TINY_SPECS[family]
+def test_int8_keys_and_values_change_with_nothing_either(family: str) -> None:
+    sizes = replace(SIZES, kv_element=KvElement.INT8)
+    runner, alone = make_runner(family, sizes), Run()
+    for one in make_requests():
+        run = run_requests(runner, sizes, [one], make_config(TINY_SPECS[family], sizes))
+        alone.answers.update(run.answers)
+    for threads, step_tokens in ((2, None), (3, 16), (1, 64)):
+        run = run_with(family, replace(sizes, threads=threads), step_tokens)
+        assert run.answers == alone.answers
+    assert run_with(family).answers != alone.answers  # they are rounded
+
+
+@pytest.mark.parametrize("element", [KvElement.F16, KvElement.INT8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preemption_changes_nothing(family: str, element: KvElement) -> None:
+    spec, sizes = TINY_SPECS[family], replace(SIZES, kv_element=element)
     requests = [
         replace(one, prompt=one.prompt[:20], max_new_tokens=40 + 5 * index)
         for index, one in enumerate(make_requests(6))
     ]
-    run = run_requests(make_runner(family), SIZES, requests, make_config(spec, SIZES))
-    small = replace(SIZES, num_blocks=9)
+    run = run_requests(make_runner(family, sizes), sizes, requests, make_config(spec, sizes))
+    small = replace(sizes, num_blocks=9)
     squeezed = run_requests(make_runner(family, small), small, requests, make_config(spec, small))
     assert run.preemptions == 0
     assert squeezed.preemptions > 0

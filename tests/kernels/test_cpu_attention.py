@@ -18,14 +18,29 @@ from kernels_support import (
     make_native_kv,
     make_step,
     run_native,
+    store_kv,
 )
 from twostroke.kernels.ops import KVShape, StepArrays
-from twostroke.kernels.reference.ops import ReferenceKV, attention, get_pool_extents
+from twostroke.kernels.reference.ops import (
+    ReferenceKV,
+    attention,
+    get_pool_extents,
+    get_rotated_dims,
+    rotate,
+)
+from twostroke.spec.kv import KvElement
 
 # Lengths that do not divide blocks (16), tiles (64) or segments (256), chunks at causal offsets,
 # decodes, and many key blocks.
 ROWS = [RowCase(0, 37), RowCase(300, 1), RowCase(129, 50), RowCase(700, 3), RowCase(0, 1)]
-HEADS = [(3, 3, 64), (1, 4, 256), (2, 1, 32), (1, 8, 128), (1, 6, 16)]  # kv heads, group, head_dim
+HEADS = [
+    (3, 3, 64),
+    (1, 4, 256),
+    (2, 1, 32),
+    (1, 8, 128),
+    (1, 6, 16),
+    (2, 2, 80),
+]  # kv heads, group, head_dim
 
 
 def make_case(
@@ -35,7 +50,7 @@ def make_case(
     kv_heads, group, head_dim = heads
     rng = np.random.default_rng(kv_heads * 1000 + head_dim)
     blocks = sum(-(-(row.start + row.tokens) // BLOCK) for row in rows) + 3
-    shape = KVShape(1, blocks, BLOCK, kv_heads, head_dim, element)
+    shape = KVShape(1, blocks, BLOCK, kv_heads, head_dim, KvElement(element))
     extents = get_pool_extents(shape)
     kv = ReferenceKV(np.full(extents, np.nan), np.full(extents, np.nan))
     step = make_step(rows, rng, blocks)
@@ -58,7 +73,20 @@ def run(
         lambda ops, slot: ops.attention(None, 0, slot, scale, window),
         isa=isa,
         threads=threads,
-        kv=(make_native_kv(kv, shape), shape),
+        kv=(make_native_kv(store_kv(kv, shape)), shape),
+    )
+
+
+def get_stored(kv: ReferenceKV, shape: KVShape) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and values that the elements of the pool, once stored, stand for, in float64."""
+    if shape.element is not KvElement.INT8:
+        return np.nan_to_num(kv.keys), np.nan_to_num(kv.values)
+    stored = store_kv(kv, shape)
+    assert stored.key_scales is not None
+    assert stored.value_scales is not None
+    keys = rotate(stored.keys * stored.key_scales.astype(np.float64))
+    return keys / get_rotated_dims(shape.head_dim), stored.values * stored.value_scales.astype(
+        np.float64
     )
 
 
@@ -67,7 +95,7 @@ def get_exact(
 ) -> np.ndarray:
     """The same attention in float64."""
     step, kv, shape, q = case
-    keys, values = (np.nan_to_num(pool) for pool in (kv.keys, kv.values))
+    keys, values = get_stored(kv, shape)
     exact = np.empty(q.shape)
     for row in range(len(step.row_offsets) - 1):
         for token in range(step.row_offsets[row], step.row_offsets[row + 1]):
@@ -104,6 +132,27 @@ def test_f16_keys_and_values_cost_no_more_than_their_rounding(heads: tuple[int, 
     assert get_relative_error(run(case, None), get_exact(case, None)) <= 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", HEADS)
+def test_int8_keys_and_values_cost_no_more_than_their_rounding(
+    heads: tuple[int, int, int], window: int | None
+) -> None:
+    case = make_case(heads, ROWS, "int8")
+    assert get_relative_error(run(case, window), get_exact(case, window)) <= 1e-5
+
+
+@pytest.mark.parametrize("element", ["f16", "int8"])
+@pytest.mark.parametrize("logit_scale", [1.0, 3000.0])
+def test_attention_errs_at_most_twice_as_much_as_the_reference(
+    logit_scale: float, element: str
+) -> None:
+    case = make_case((3, 3, 64), ROWS, element, logit_scale)
+    step, kv, shape, q = case
+    exact = get_exact(case, None)
+    plain = attention(store_kv(kv, shape), step, 0, (q, shape.head_dim**-0.5, None))
+    assert get_relative_error(run(case, None), exact) <= 2 * get_relative_error(plain, exact)
+
+
 def test_extreme_logits_stay_exact_and_finite() -> None:
     # Keys scaled so that logits reach ±1e4: probabilities are 0 or 1 but for near ties.
     case = make_case((3, 3, 64), ROWS, "f32", logit_scale=3000.0)
@@ -133,9 +182,12 @@ def test_one_key_far_above_the_rest_wins_exactly() -> None:
     np.testing.assert_array_equal(run(case, None)[0], kv.values[0, winner, 333 % BLOCK, 0])
 
 
+@pytest.mark.parametrize("element", ["f16", "int8"])
 @pytest.mark.parametrize("window", [None, 100])
-def test_every_instruction_set_and_thread_count_gives_the_same_bits(window: int | None) -> None:
-    case = make_case((3, 3, 64), ROWS, "f16")
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(
+    window: int | None, element: str
+) -> None:
+    case = make_case((3, 3, 64), ROWS, element)
     first = run(case, window, ISAS[0], 1)
     for isa in ISAS:
         for threads in (1, 2, 3):
@@ -157,12 +209,13 @@ def test_a_sequence_cut_between_threads_gives_the_same_bits(
         np.testing.assert_array_equal(run(case, window, threads=threads), first)
 
 
+@pytest.mark.parametrize("element", ["f16", "int8"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(3, 3, 64), (1, 4, 256)])
 def test_chunks_and_company_do_not_change_a_bit(
-    heads: tuple[int, int, int], window: int | None
+    heads: tuple[int, int, int], window: int | None, element: str
 ) -> None:
-    whole = make_case(heads, [RowCase(0, 600)], "f16")
+    whole = make_case(heads, [RowCase(0, 600)], element)
     step, kv, shape, q = whole
     expected = run(whole, window)
     for size in (1, 7, 16, 250):
@@ -198,7 +251,7 @@ from kernels_support import BLOCK, RowCase, make_step, run_native
 from twostroke.kernels.ops import KVShape
 
 def attend(length):
-    shape = KVShape(1, length // BLOCK, BLOCK, 1, 16, "f16")
+    shape = KVShape(1, length // BLOCK, BLOCK, 1, 16)
     step = make_step([RowCase(0, length)], np.random.default_rng(0), length // BLOCK)
     kv = (np.zeros(shape.bytes, np.uint8), shape)
     run_native(step, [np.ones((length, 16), np.float32)],

@@ -12,6 +12,7 @@ from twostroke.kernels.cpu.recorder import Slot
 from twostroke.kernels.cpu.weights import Vector
 from twostroke.kernels.ops import KVShape, OpTable, RopeTable
 from twostroke.kernels.reference import ops as reference
+from twostroke.spec.kv import KvElement
 
 ROWS = 5
 
@@ -84,19 +85,20 @@ def test_rope(layout: str, heads: int, dim: int) -> None:
     )
 
 
-@pytest.mark.parametrize("element", ["f16", "f32"])
+@pytest.mark.parametrize("element", ["f16", "f32", "int8"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_write_kv_puts_every_value_where_attention_reads_it(element: str, isa: str) -> None:
     rng = np.random.default_rng(5)
-    shape = KVShape(2, 12, BLOCK, 3, 32, element)
+    shape = KVShape(2, 12, BLOCK, 3, 32, KvElement(element))
     # Whole blocks and parts of blocks, decodes, a chunk that starts inside a block.
     step = make_step([RowCase(0, 35), RowCase(5, 30), RowCase(40, 1), RowCase(0, 9)], rng, 12)
     k, v = (rng.standard_normal((75, 96)).astype(np.float32) for _ in range(2))
-    if element == "f16":
+    if element != "f32":
         k[0, 0], v[0, 1] = 1e6, -1e6  # beyond f16: clamped to its largest
+    k[1, :32] = v[50, 32:64] = 0.0
+    k[51, :32] = 1e-35
     expected = reference.new_kv(shape)
-    clipped = [np.clip(x, -65504, 65504) if element == "f16" else x for x in (k, v)]
-    reference.write_kv(expected, step, 1, (clipped[0], clipped[1]))
+    reference.write_kv(expected, step, 1, (k, v))
     memory = np.zeros(shape.bytes, np.uint8)
 
     def write(ops: OpTable, key: Slot, value: Slot) -> Slot:
@@ -104,4 +106,23 @@ def test_write_kv_puts_every_value_where_attention_reads_it(element: str, isa: s
         return key
 
     run_native(step, [k, v], write, isa=isa, kv=(memory, shape))
-    np.testing.assert_array_equal(memory, make_native_kv(expected, shape))
+    np.testing.assert_array_equal(memory, make_native_kv(expected))
+
+
+def test_int8_values_are_within_half_a_step_of_their_values() -> None:
+    rng = np.random.default_rng(6)
+    x = (rng.standard_normal((50, 64)) * 10.0 ** rng.integers(-6, 4, (50, 1))).astype(np.float32)
+    elements, scales = reference.round_to_int8(x)
+    assert np.abs(elements).max(axis=1).min() == 127  # the largest value uses the whole range
+    assert (np.abs(elements * scales.astype(np.float64) - x) <= scales * 0.50001).all()
+
+
+@pytest.mark.parametrize("dim", [8, 16, 48, 64, 256])
+def test_rotation_keeps_products_and_spreads_a_large_dimension(dim: int) -> None:
+    together = reference.get_rotated_dims(dim)
+    q, k = np.random.default_rng(7).standard_normal((2, 100, dim)).astype(np.float32)
+    k[:, 3] += 1000
+    turned = reference.rotate(k)
+    products = (reference.rotate(q) * turned).sum(axis=1) / together
+    np.testing.assert_allclose(products, (q * k).sum(axis=1), rtol=1e-5, atol=1e-2)
+    assert np.abs(turned[:, :together]).min() > 800  # each has its share of it

@@ -7,7 +7,7 @@ request, through the real scheduler and executor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import pytest
 
 from places import get_model_path, get_reference
 from tiny_models import make_config, run_requests
+from twostroke.cli.kv_accuracy import MEASURED_ERRORS
 from twostroke.core.types import Request, SequenceId, TokenLogprob
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import Runner, RunnerSizes
 from twostroke.exec.reference import ReferenceRunner
+from twostroke.spec.kv import KvElement
 from twostroke.text.tokenizer import build_tokenizer
 from twostroke.weights.load import OpenModel, open_model
 
@@ -35,6 +37,16 @@ class Scored:
     name: str
     ours: tuple[TokenLogprob, ...]
     answer: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Against the reference: share of equal most likely tokens, mean |log-probability difference|,
+    and perplexity as a multiple of the reference's."""
+
+    agreed: float
+    error: float
+    perplexity: float
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -86,7 +98,8 @@ def test_token_ids_are_the_reference_ids(model: tuple[str, OpenModel]) -> None:
 
 def test_reference_backend_agrees_with_the_reference_engines(model: tuple[str, OpenModel]) -> None:
     _, opened = model
-    scored = score(ReferenceRunner(opened.spec, opened.tensors, SIZES), model)
+    sizes = replace(SIZES, kv_element=KvElement.F32)
+    scored = score(ReferenceRunner(opened.spec, opened.tensors, sizes), model)
     for one in scored:
         margins = one.answer["greedy_margins"]
         for entry, margin in zip(one.ours, margins, strict=True):
@@ -96,14 +109,33 @@ def test_reference_backend_agrees_with_the_reference_engines(model: tuple[str, O
 
 
 def test_cpu_backend_stays_close_to_the_reference_engines(model: tuple[str, OpenModel]) -> None:
-    _, opened = model
-    scored = score(CpuRunner(opened.spec, opened.tensors, SIZES), model)
-    agreed = [entry.top[0][0] == entry.token for one in scored for entry in one.ours]
+    accuracy = measure_accuracy(model, KvElement.F16)
+    assert accuracy.agreed >= 0.97, accuracy
+    assert accuracy.error <= 0.03, accuracy
+    assert abs(accuracy.perplexity - 1) <= 0.01, accuracy
+
+
+def test_int8_keys_and_values_cost_what_the_start_says(model: tuple[str, OpenModel]) -> None:
+    half, small = (measure_accuracy(model, element) for element in (KvElement.F16, KvElement.INT8))
+    said = MEASURED_ERRORS[model[0]]
+    assert abs(half.error - said[KvElement.F16]) <= 0.001, half
+    assert abs(small.error - said[KvElement.INT8]) <= 0.001, small
+    assert small.error <= 1.25 * half.error, (small, half)
+    assert small.agreed >= half.agreed - 0.02, (small, half)
+    assert abs(small.perplexity - 1) <= 0.01, small
+
+
+def measure_accuracy(model: tuple[str, OpenModel], element: KvElement) -> Accuracy:
+    """The CPU backend's, with keys and values stored so; printed too."""
+    name, opened = model
+    sizes = replace(SIZES, kv_element=element)
+    scored = score(CpuRunner(opened.spec, opened.tensors, sizes), model)
     differences = get_differences(scored)
-    perplexity = np.exp(-differences.mean())
-    print(f"\n{model[0]}: most likely token equal at {np.mean(agreed):.1%} of {len(agreed)},")
-    print(f"mean difference {np.abs(differences).mean():.4f}, perplexity × {perplexity:.4f}")
-    assert np.mean(agreed) >= 0.97, np.mean(agreed)
-    assert np.abs(differences).mean() <= 0.03, np.abs(differences).mean()
+    agreed = float(
+        np.mean([entry.top[0][0] == entry.token for one in scored for entry in one.ours])
+    )
     # Perplexity is e to the mean negative log-probability: its ratio follows from the mean shift.
-    assert abs(perplexity - 1) <= 0.01, perplexity
+    found = Accuracy(agreed, float(np.abs(differences).mean()), float(np.exp(-differences.mean())))
+    print(f"\n{name}, KV in {element.value}: of {differences.size} tokens {found.agreed:.1%} are")
+    print(f"the likeliest, mean difference {found.error:.4f}, perplexity × {found.perplexity:.4f}")
+    return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec, ShardAxis
 from twostroke.spec.quant import Format
 
@@ -151,4 +152,5 @@ def test_a_column_shard_divides_outputs_and_a_row_shard_inputs() -> None:
 
 def test_kv_bytes_count_keys_and_values_of_every_layer() -> None:
     assert TINY.get_kv_bytes_per_token() == 2 * 2 * (2 * 32) * 2
-    assert TINY.get_kv_bytes_per_token(kv_element_bytes=4) == 2 * TINY.get_kv_bytes_per_token()
+    assert TINY.get_kv_bytes_per_token(KvElement.F32) == 2 * TINY.get_kv_bytes_per_token()
+    assert TINY.get_kv_bytes_per_token(KvElement.INT8) == 2 * 2 * 2 * (32 + 4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 from twostroke.spec.quant import Format
 from twostroke.spec.work import (
@@ -183,9 +184,14 @@ def test_quantised_products_are_int8_and_weigh_what_is_stored() -> None:
     assert [kind for kind, _ in work.get_part("attention").ops] == ["fp32"]
 
 
-def test_kv_bytes_follow_the_element_size() -> None:
-    half, full = (get_step_work(SMALL, DECODE, size) for size in (2, 4))
-    assert full.kv_bytes_read == 2 * half.kv_bytes_read
+def test_kv_bytes_follow_the_element() -> None:
+    bytes_read = {
+        element: get_step_work(SMALL, DECODE, element).kv_bytes_read for element in KvElement
+    }
+    half = bytes_read[KvElement.F16]
+    assert bytes_read[KvElement.F32] == 2 * half
+    # A byte a value, and a scale of four bytes for all values of a head.
+    assert bytes_read[KvElement.INT8] * 2 * SMALL.head_dim == half * (SMALL.head_dim + 4)
 
 
 def count_visible(position: int, window: int | None) -> set[int]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from twostroke.bench.workloads import CONTEXT, KV_ELEMENT_BYTES, MOST_ROWS
+from twostroke.bench.workloads import CONTEXT, MOST_ROWS
 from twostroke.cli.compose import LLM
 from twostroke.engine.outputs import RequestOutput
 from twostroke.engine.params import SamplingParams
@@ -63,7 +63,7 @@ def main() -> None:
     """Serve requests from standard input until it ends. Arguments: model, threads."""
     model, threads = Path(sys.argv[1]), int(sys.argv[2])
     with open_model(model) as opened:
-        token_bytes = opened.spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES)
+        token_bytes = opened.spec.get_kv_bytes_per_token()
     pool = (CONTEXT + _SPARE_TOKENS) * token_bytes
     with LLM(model, threads=threads, max_rows=MOST_ROWS, kv_memory=pool) as llm:
         info = llm.built.parts.executor.describe()

@@ -13,7 +13,6 @@ from twostroke.spec.work import RowShape, StepShape, get_floor_seconds, get_mode
 
 SEED = 20
 CHUNK = 512  # tokens of a prefill step, for every engine
-KV_ELEMENT_BYTES = 2
 CONTEXT = 8192  # tokens that each engine is given room for, where the model has as many
 
 
@@ -97,7 +96,7 @@ def get_floor(spec: ModelSpec, workload: Workload, device: DeviceSpec) -> float:
 
 def add_floors(spec: ModelSpec, steps: Iterator[StepShape], device: DeviceSpec) -> float:
     """Least seconds of steps one after another."""
-    work = get_model_work(spec, KV_ELEMENT_BYTES)
+    work = get_model_work(spec)
     return sum(get_floor_seconds(work.get_step_work(step), device).seconds for step in steps)
 
 

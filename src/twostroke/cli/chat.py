@@ -33,7 +33,7 @@ class Answerer(Protocol):
 def run_chat(model: str, sampling: SamplingOptions, on: MachineOptions) -> None:
     """Talk until the user leaves. Raises TwostrokeError."""
     params = build_params(sampling)
-    with LLM(model, threads=on.threads, backend=on.backend, max_rows=1) as llm:
+    with LLM(model, threads=on.threads, backend=on.backend, kv=on.kv, max_rows=1) as llm:
         print(f"{model}. {HELP}", file=sys.stderr)
         # Gives input() line editing and history, where the interpreter was built with it.
         with contextlib.suppress(ImportError):

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from twostroke.cli.machine import read_machine
-from twostroke.cli.settings import EngineSettings, ResolvedSettings, resolve_settings
+from twostroke.cli.settings import EngineSettings, LLMOptions, ResolvedSettings, resolve_settings
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import SchedulerConfig
 from twostroke.engine.clock import MonotonicClock
@@ -90,6 +91,7 @@ def _build_executor(model: OpenModel, settings: ResolvedSettings) -> LocalExecut
         num_blocks=settings.num_blocks,
         block_tokens=settings.block_tokens,
         max_step_tokens=settings.step_tokens,
+        kv_element=settings.kv_element,
     )
     return build_executor(model, settings.backend, sizes, get_cache_dir() / "packed")
 
@@ -125,31 +127,15 @@ class LLM:
         outputs = llm.generate(["The sea is", "A poem:"], SamplingParams(max_tokens=32))
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        threads: int | None = None,
-        backend: str = "cpu",
-        kv_memory: int | str | None = None,
-        step_tokens: int | None = None,
-        max_rows: int | None = None,
-    ) -> None:
+    def __init__(self, model: str | Path, **options: Unpack[LLMOptions]) -> None:
         """Open a model by name, by path, or as org/name once it was pulled.
 
-        threads: that compute; default the physical cores. backend: "cpu" or "reference".
-        kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token budget of one
-        step. max_rows: most sequences in one step. Raises what `build_engine` does.
+        threads: that compute; default the physical cores. backend: "cpu" or "reference". kv: how
+        keys and values are stored, "f16", "int8" or "f32". kv_memory: bytes of the KV pool, or text
+        such as "512MiB". step_tokens: token budget of one step. max_rows: most sequences in one
+        step. Raises what `build_engine` does.
         """
-        settings = EngineSettings(
-            model=str(model),
-            backend=backend,
-            threads=threads,
-            kv_memory=kv_memory,
-            step_tokens=step_tokens,
-            max_rows=max_rows,
-        )
-        self._start(settings)
+        self._start(EngineSettings(model=str(model), **options))
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> LLM:

@@ -47,6 +47,7 @@ def run_generate(
     wanted = EngineSettings(
         model=model,
         threads=on.threads,
+        kv=on.kv,
         backend=on.backend,
         max_rows=1,
         has_chat=generation.chat is not False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from twostroke.cli.machine import read_machine
-from twostroke.cli.settings import KV_ELEMENT_BYTES, ResolvedSettings
+from twostroke.cli.settings import ResolvedSettings
 from twostroke.cli.strokes import Measured, StrokeFloor, add_floors
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
@@ -47,7 +47,7 @@ def get_stroke_floors(
 ) -> tuple[StrokeFloor, StrokeFloor | None]:
     """Least time of prefill, and of decode where there was one, for a request that ran alone."""
     prompt = measured.prompt_tokens
-    work = get_model_work(spec, KV_ELEMENT_BYTES[settings.backend])
+    work = get_model_work(spec, settings.kv_element)
 
     def add(rows: Iterable[RowShape]) -> StrokeFloor:
         return add_floors(

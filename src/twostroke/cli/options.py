@@ -66,6 +66,13 @@ class MachineOptions:
         default="cpu",
         metadata=show('"cpu" (native kernels) or "reference" (NumPy, slow, reads like paper).'),
     )
+    kv: str | None = field(
+        default=None,
+        metadata=show(
+            'How keys and values are stored: "f16", "int8" (half of it, less exact) or "f32".',
+            default="f16; of the reference f32",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from twostroke.errors import InvalidParameter
 from twostroke.exec.cpu import CpuRunner
 from twostroke.exec.local import LocalExecutor, StepTimes
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import (
     PartFloor,
@@ -142,12 +143,13 @@ def run_profile(model: str, options: ProfileOptions, on: MachineOptions) -> None
     wanted = EngineSettings(
         model=model,
         threads=on.threads,
+        kv=on.kv,
         backend=on.backend,
         max_rows=options.batch,
         has_chat=False,
     )
     with LLM.from_settings(wanted) as llm:
-        spec, threads = llm.built.parts.spec, llm.built.settings.threads
+        spec, settings = llm.built.parts.spec, llm.built.settings
         room = spec.context_tokens - options.steps - 1
         if options.prompt_tokens > room:
             raise InvalidParameter(
@@ -155,8 +157,8 @@ def run_profile(model: str, options: ProfileOptions, on: MachineOptions) -> None
             )
         runs = measure_runs(llm, options)
     gc.collect()
-    device = measure_device(threads)
-    profiles = build_profiles(runs, spec, options, device)
+    device = measure_device(settings.threads)
+    profiles = build_profiles(runs, spec, options, device, settings.kv_element)
     if options.json:
         print(json.dumps(describe(profiles, device)))
         return
@@ -196,7 +198,11 @@ def measure_runs(llm: LLM, options: ProfileOptions) -> list[list[Sample]]:
 
 
 def build_profiles(
-    runs: Sequence[Sequence[Sample]], spec: ModelSpec, options: ProfileOptions, device: DeviceSpec
+    runs: Sequence[Sequence[Sample]],
+    spec: ModelSpec,
+    options: ProfileOptions,
+    device: DeviceSpec,
+    kv_element: KvElement = KvElement.F16,
 ) -> tuple[Profile, Profile]:
     """Prefill (the round of the median wall time) and decode (the middle half of all steps)."""
     prefills, decodes = [], []
@@ -208,13 +214,13 @@ def build_profiles(
     prefills.sort(key=lambda spans: sum(span.wall_ns for span in spans))
     chosen = prefills[len(prefills) // 2]
     shape = StepShape((RowShape(options.prompt_tokens, 0, 1),) * options.batch)
-    prefill = _build("prefill", chosen, 1, get_op_work(spec, shape), device)
+    prefill = _build("prefill", chosen, 1, get_op_work(spec, shape, kv_element), device)
     decodes.sort(key=lambda span: span.wall_ns)
     quarter = len(decodes) // 4
     middle = decodes[quarter : len(decodes) - quarter]
     depth = options.prompt_tokens + options.steps // 2
     shape = StepShape((RowShape(1, depth, 1),) * options.batch)
-    decode = _build("decode", middle, len(middle), get_op_work(spec, shape), device)
+    decode = _build("decode", middle, len(middle), get_op_work(spec, shape, kv_element), device)
     return prefill, decode
 
 

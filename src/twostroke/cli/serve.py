@@ -19,6 +19,7 @@ def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOpti
             model=model,
             backend=on.backend,
             threads=on.threads,
+            kv=on.kv,
             kv_memory=serving.kv_memory,
             step_tokens=serving.step_tokens,
             max_rows=serving.max_rows,

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypedDict
 
+from twostroke.cli.kv_accuracy import describe_int8
 from twostroke.cli.machine import Machine
 from twostroke.errors import InvalidParameter
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 
 BACKENDS = ("cpu", "reference")
@@ -22,7 +25,7 @@ MAX_ROWS = 64
 # The share of available memory that the KV pool may take unasked; the rest is for the weights'
 # pages, for other programs, and for a second engine.
 KV_MEMORY_SHARE = 4
-KV_ELEMENT_BYTES = {"cpu": 2, "reference": 4}
+KV_ELEMENTS = {"cpu": KvElement.F16, "reference": KvElement.F32}
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -32,18 +35,31 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 class EngineSettings:
     """What a user asked for; None leaves the choice to the engine.
 
-    model: name, path or org/name. kv_memory: bytes, or text such as "512MiB". step_tokens: token
-    budget of one step. max_rows: most sequences in one step. has_chat: False leaves the chat
-    template alone, for those who send plain prompts only.
+    model: name, path or org/name. kv: how keys and values are stored, "f16", "int8" or "f32".
+    kv_memory: bytes, or text such as "512MiB". step_tokens: token budget of one step. max_rows:
+    most sequences in one step. has_chat: False leaves the chat template alone, for those who send
+    plain prompts only.
     """
 
     model: str
     backend: str = "cpu"
     threads: int | None = None
+    kv: str | None = None
     kv_memory: int | str | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
     has_chat: bool = True
+
+
+class LLMOptions(TypedDict, total=False):
+    """What `LLM` takes beside the model: fields of EngineSettings."""
+
+    backend: str
+    threads: int | None
+    kv: str | None
+    kv_memory: int | str | None
+    step_tokens: int | None
+    max_rows: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class ResolvedSettings:
 
     backend: str
     threads: int
+    kv_element: KvElement
     num_blocks: int
     block_tokens: int
     step_tokens: int
@@ -84,12 +101,14 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
     budget, budget_reason = _pick("step_tokens", wanted.step_tokens, STEP_TOKENS, 2**20)
     # More rows than tokens in a step would let some decodes wait for others.
     rows, rows_reason = _pick("max_rows", wanted.max_rows, min(MAX_ROWS, budget), budget)
-    block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(KV_ELEMENT_BYTES[wanted.backend])
+    element, element_reason = _pick_element(wanted, spec)
+    block_bytes = BLOCK_TOKENS * spec.get_kv_bytes_per_token(element)
     blocks, pool_reason = _size_pool(wanted, spec, machine, rows, block_bytes)
     pool = f"{format_bytes(blocks * block_bytes)} = {blocks * BLOCK_TOKENS:,} tokens"
     return ResolvedSettings(
         backend=wanted.backend,
         threads=threads,
+        kv_element=element,
         num_blocks=blocks,
         block_tokens=BLOCK_TOKENS,
         step_tokens=budget,
@@ -97,6 +116,7 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
         kv_bytes=blocks * block_bytes,
         choices=(
             Choice("threads", str(threads), threads_reason),
+            Choice("KV element", element.value, element_reason),
             Choice("KV pool", pool, pool_reason),
             Choice("step budget", f"{budget} tokens", budget_reason),
             Choice("rows in a step", str(rows), rows_reason),
@@ -144,6 +164,19 @@ def _size_pool(
         return needed, f"the {whole}" if rows == 1 else f"{rows} rows of the {whole}"
     left = f"a quarter of the {format_bytes(machine.available_bytes)}"
     return max(1, share // block_bytes), f"{left} of {machine.memory_reason}"
+
+
+def _pick_element(wanted: EngineSettings, spec: ModelSpec) -> tuple[KvElement, str]:
+    """How keys and values are stored and why."""
+    default = KV_ELEMENTS[wanted.backend]
+    if wanted.kv is None:
+        return default, "default"
+    for element in KvElement:
+        if element.value == wanted.kv:
+            cost = f": {describe_int8(spec)}" if element is KvElement.INT8 else ""
+            return element, f"as asked{cost}"
+    names = ", ".join(element.value for element in KvElement)
+    raise InvalidParameter("kv", f"must be one of {names}, not {wanted.kv!r}")
 
 
 def _pick(name: str, wanted: int | None, default: int, most: int) -> tuple[int, str]:

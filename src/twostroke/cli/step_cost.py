@@ -12,7 +12,7 @@ import logging
 import os
 from pathlib import Path
 
-from twostroke.cli.settings import KV_ELEMENT_BYTES, ResolvedSettings
+from twostroke.cli.settings import ResolvedSettings
 from twostroke.errors import InvalidParameter
 from twostroke.plan.step_time import MeasuredCost, Overheads, RooflineCost, StepFit
 from twostroke.spec.cost import StepCost
@@ -63,7 +63,7 @@ def build_limits_cost(spec: ModelSpec, settings: ResolvedSettings) -> RooflineCo
 
 def get_settings_work(spec: ModelSpec, settings: ResolvedSettings) -> ModelWork:
     """The model's counts with the KV format of the settings."""
-    return get_model_work(spec, KV_ELEMENT_BYTES[settings.backend])
+    return get_model_work(spec, settings.kv_element)
 
 
 def get_calibration_path(spec: ModelSpec, settings: ResolvedSettings) -> Path:
@@ -73,8 +73,7 @@ def get_calibration_path(spec: ModelSpec, settings: ResolvedSettings) -> Path:
         from twostroke._native import kernels_name
 
         backend += " " + kernels_name("auto")
-    kv_format = f"{8 * KV_ELEMENT_BYTES[settings.backend]} bit"
-    facts = repr((spec, backend, settings.threads, kv_format))
+    facts = repr((spec, backend, settings.threads, settings.kv_element.value))
     name = hashlib.sha256(facts.encode()).hexdigest()[:24]
     return get_cache_dir() / "calibration" / f"{name}.json"
 

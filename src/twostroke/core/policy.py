@@ -1,9 +1,8 @@
-"""What the scheduler leaves to others to choose: order, pace, drafts, and how to preempt.
+"""What the scheduler leaves to others to choose: order, accounts, pace, drafts, how to preempt.
 
-These are the protocols; the choices by name live in `policies/`, and only the plainest order is
-here. A choice must be deterministic, must not look at a clock, and sees a request or a step, never
-the scheduler's memory of them. Whatever it answers, every invariant of the scheduler holds: a
-choice can be unfair or slow, and nothing else.
+These are the protocols; the choices live in `policies/`, and only the plainest order is here. A
+choice is deterministic, looks at no clock, and sees requests and steps, never the scheduler's own
+memory. Whatever it answers every invariant holds: a choice can be unfair or slow, nothing else.
 """
 
 from __future__ import annotations
@@ -30,11 +29,9 @@ class Order(Protocol):
 
     def rank(self, request: Request, computed: int, new_tokens: int, now: int) -> Rank:
         """The rank of a continuation with so many tokens in the KV cache, and so many new ones."""
-        ...
 
     def end(self, request: Request, new_tokens: int) -> None:
         """A continuation of `request` has ended, with so many new tokens."""
-        ...
 
 
 class PriorityThenArrival:
@@ -58,25 +55,21 @@ class Accounts(Protocol):
 
     def lift(self, tenant: str, waiting: Iterable[str]) -> None:
         """`tenant`, who had nothing waiting, does now; `waiting` are the others who have."""
-        ...
 
     def get_debt(self, tenant: str) -> int:
         """What `tenant` has had of the service."""
-        ...
 
     def charge(self, tenant: str, prompt_tokens: int, new_tokens: int) -> None:
         """`tenant` was served so many tokens: a prompt when admitted, others when drawn."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a pace may know when a step begins.
 
-    decodes: of each running sequence that draws a token in this step, or in one in flight, its
-    position and its request. prefills: of all others that run, the same. waiting: sequences that
-    wait; oldest_ns: when the first in order of them was submitted, 0 when none waits; its request
-    is head. free_blocks of num_blocks are free.
+    decodes: position and request of each running sequence that draws a token in this step, or in
+    one in flight. prefills: of all others that run. waiting: how many wait, first in order is
+    head, submitted at oldest_ns (None and 0 when none does). free_blocks: of num_blocks.
     """
 
     decodes: Many[tuple[int, Request]]
@@ -100,11 +93,9 @@ class Room(Protocol):
 
     def get_tokens(self, start: int, wanted: int) -> int:
         """How many of `wanted` tokens one more row may have from position `start`; 0 when full."""
-        ...
 
     def add(self, start: int, tokens: int) -> None:
         """A prompt's row was added, or a decode's with drafts."""
-        ...
 
 
 class Pace(Protocol):
@@ -112,11 +103,9 @@ class Pace(Protocol):
 
     def open_step(self, load: Load, now: int) -> Room:
         """The room of the step that is being planned."""
-        ...
 
     def note_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """A step was committed."""
-        ...
 
 
 class Drafter(Protocol):
@@ -124,15 +113,12 @@ class Drafter(Protocol):
 
     def propose(self, id: SequenceId, tokens: Many[Token], most: int) -> tuple[Token, ...]:
         """At most `most` tokens that may follow `tokens`, all that are known of the sequence."""
-        ...
 
     def settle(self, id: SequenceId, drafted: int, accepted: int) -> None:
         """Of so many drafted tokens so many were what was drawn."""
-        ...
 
     def forget(self, id: SequenceId) -> None:
         """The sequence has ended."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

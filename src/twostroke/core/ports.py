@@ -7,29 +7,11 @@ and any clock (real or virtual); tests use the fakes in `tests/fakes.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from twostroke.core.types import BlockId, StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorInfo:
-    """What an executor offers: its device, backend and KV pool.
-
-    kv_bytes is the whole pool's size; max_step_tokens the most tokens one step may hold.
-    """
-
-    device: str
-    backend: str
-    threads: int
-    num_blocks: int
-    block_tokens: int
-    kv_bytes: int
-    weight_bytes: int
-    max_step_tokens: int
-
+from twostroke.spec.device import ExecutorInfo as ExecutorInfo
 
 StepAnswer = StepOutcome | ExecutorLost
 OnDone = Callable[[StepAnswer], None]

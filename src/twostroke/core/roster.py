@@ -1,8 +1,8 @@
 """Who is live, who waits, who runs, and so which blocks are held.
 
 Owns the lives of sequences: it alone changes their state, moves them between the lines and frees
-their blocks. What a step computes is decided in scheduler.py. Only running and reserved sequences
-hold blocks, and ended ones until nobody can still be writing to those.
+their blocks. Only running and reserved sequences hold blocks, and ended ones until nobody can still
+be writing to those.
 
     submit ──▶ UNBORN ──▶ WAITING ──run──▶ RUNNING        any ──stop──▶ ENDED
                              ▲ ◀──preempt─────┘
@@ -11,8 +11,6 @@ hold blocks, and ended ones until nobody can still be writing to those.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
-from itertools import chain
 from operator import attrgetter
 
 from twostroke.core.policy import Accounts, Policies
@@ -35,31 +33,27 @@ _get_key = attrgetter("key")
 class WaitingQueue:
     """Sequences without blocks, first in policy order at the head.
 
-    A sorted list for each lane: the head is looked at in every step, and most newcomers go to the
-    end. With accounts every tenant has a lane; without them there is one.
+    Sorted lists, because the head is looked at in every step and most newcomers go to the end: one
+    a tenant with accounts, one in all without.
     """
 
     def __init__(self, accounts: Accounts | None) -> None:
         self._accounts = accounts
-        self._lanes: dict[str, list[Sequence]] = {}
+        self.lanes: dict[str, list[Sequence]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences, lane after lane."""
-        return chain.from_iterable(self._lanes.values())
+        return sum(map(len, self.lanes.values()))
 
     def push(self, sequence: Sequence) -> None:
         """Add a sequence that is not waiting."""
         tenant = self._get_lane(sequence)
-        if self._accounts is not None and tenant not in self._lanes:
-            self._accounts.lift(tenant, self._lanes)
-        insort(self._lanes.setdefault(tenant, []), sequence, key=_get_key)
+        if self._accounts is not None and tenant not in self.lanes:
+            self._accounts.lift(tenant, self.lanes)
+        insort(self.lanes.setdefault(tenant, []), sequence, key=_get_key)
 
     def try_head(self) -> Sequence | None:
         """The first in policy order, of the tenant who has had least; None when nobody waits."""
-        lanes, accounts = self._lanes, self._accounts
+        lanes, accounts = self.lanes, self._accounts
         if accounts is None or not lanes:
             return lanes[""][0] if lanes else None
         return lanes[min(lanes, key=lambda one: (accounts.get_debt(one), lanes[one][0].key))][0]
@@ -69,11 +63,11 @@ class WaitingQueue:
         place, lane = self.get_place(sequence)
         del lane[place]
         if not lane:
-            del self._lanes[self._get_lane(sequence)]
+            del self.lanes[self._get_lane(sequence)]
 
     def get_place(self, sequence: Sequence) -> tuple[int, list[Sequence]]:
         """Where a waiting sequence stands in its lane, and the lane."""
-        lane = self._lanes[self._get_lane(sequence)]
+        lane = self.lanes[self._get_lane(sequence)]
         place = bisect_left(lane, sequence.key, key=_get_key)
         assert lane[place] is sequence, f"{sequence.id} is not waiting"
         return place, lane
@@ -101,7 +95,6 @@ class Roster:
         self.reserved: dict[str, Sequence] = {}
         fates = ("submitted", "finished", "rejected", "cancelled", "failed", "released")
         self.fates = dict.fromkeys(fates, 0)
-        self.prompt_tokens = self.cached_tokens = 0  # of prompts looked up, and found
         self._watermark_blocks = config.watermark_blocks
         self._policies = policies
 
@@ -126,10 +119,7 @@ class Roster:
         self.try_fork(carrier)
 
     def try_fork(self, carrier: Sequence) -> None:
-        """Give birth to the other continuations once all but the last prompt token is computed.
-
-        They share the carrier's blocks and its state; each computes the last token itself.
-        """
+        """Give birth to the others once all but the last prompt token is computed."""
         group = carrier.group
         if not group.unborn or carrier.computed != len(group.request.prompt) - 1:
             return
@@ -167,11 +157,9 @@ class Roster:
         sequence.planned = sequence.computed
         if not group.charged:
             group.charged = True
-            self.prompt_tokens += len(sequence.tokens)
-            self.cached_tokens += sequence.computed
-            if self._policies.accounts is not None:
-                tokens = len(sequence.tokens) - sequence.computed
-                self._policies.accounts.charge(group.request.tenant, tokens, 0)
+            self.memory.prompt_tokens += len(sequence.tokens)
+            self.memory.cached_tokens += sequence.computed
+            self.charge(group.request, len(sequence.tokens) - sequence.computed, 0)
         self._run(sequence)
         self.try_fork(sequence)
         return moves
@@ -186,6 +174,8 @@ class Roster:
         can_swap = not sequence.group.unborn and sequence.kept.can_move_out(computed)
         if can_swap and self._policies.prefers_swap(computed, len(sequence.table)):
             moves = sequence.kept.move_out(sequence.table, computed)
+        self.memory.num_preemptions += 1
+        self.memory.num_swaps += bool(moves)
         self.return_to_line(sequence)
         return moves
 
@@ -194,6 +184,11 @@ class Roster:
         self.running.remove(sequence)
         sequence.forget_kv()
         self._wait(sequence)
+
+    def charge(self, request: Request, prompt_tokens: int, new_tokens: int) -> None:
+        """A request's tenant was served so many tokens."""
+        if self._policies.accounts is not None:
+            self._policies.accounts.charge(request.tenant, prompt_tokens, new_tokens)
 
     def rank_waiting(self, head: Sequence, now: int) -> Sequence:
         """Give the head of the line its rank as it is now; returns who is the head then."""
@@ -228,7 +223,7 @@ class Roster:
             if sequence.state is State.RESERVED:
                 self._wait(sequence)
             return
-        sequence.table.shrink(len(sequence.table) - self.get_num_blocks(tokens_computed))
+        sequence.table.shrink(len(sequence.table) - self.memory.get_num_blocks(tokens_computed))
         sequence.computed = sequence.planned = tokens_computed
         self._run(sequence)
         self.try_fork(sequence)
@@ -260,17 +255,13 @@ class Roster:
     def measure_slack(self) -> int:
         """Free blocks beyond the watermark, if any run, their known tokens and one spare each.
 
-        Continuations yet to be forked count as running: each will want a block at the fork.
+        Continuations yet to be forked count as running.
         """
         slack = self.allocator.num_free - (self._watermark_blocks if self.running else 0)
         for sequence in self.running:
-            missing = self.get_num_blocks(len(sequence.tokens)) - len(sequence.table)
+            missing = self.memory.get_num_blocks(len(sequence.tokens)) - len(sequence.table)
             slack -= max(0, missing) + 1 + sequence.group.unborn
         return slack
-
-    def get_num_blocks(self, tokens: int) -> int:
-        """Blocks of a sequence with `tokens` tokens."""
-        return self.memory.get_num_blocks(tokens)
 
     def _rank(self, sequence: Sequence, now: int) -> None:
         rank = self._policies.order.rank(

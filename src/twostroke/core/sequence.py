@@ -1,7 +1,6 @@
 """The scheduler's mutable memory of requests and their sequences.
 
-Owned by `scheduler.py`; nobody else writes to it. A sequence is one of the n continuations of a
-request. Its tokens split at two marks:
+A sequence is one of the n continuations of a request. Its tokens split at two marks:
 
     0 ........ computed ........ planned ........ len(tokens)
       KV lasting      KV in flight       the gap a plan closes
@@ -54,9 +53,9 @@ class Group:
     scored_emitted: bool = False
 
     def take_scored(self) -> tuple[TokenLogprob, ...]:
-        """All of `scored`; only once."""
-        self.scored_emitted = True
-        return tuple(self.scored)
+        """All of `scored` the first time, then nothing."""
+        emitted, self.scored_emitted = self.scored_emitted, True
+        return () if emitted else tuple(self.scored)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,10 +98,9 @@ class Sequence:
         return self.group.request.prompt_logprobs is not None and self.id.index == 0
 
     def get_chunk(self, limit: int) -> int:
-        """Tokens of the next row: the gap, cut to `limit` and to an edge of prompt scoring.
+        """Tokens of the next row: the gap, cut to `limit`.
 
-        Recomputed positions are not scored twice, so a row lies wholly before or wholly behind
-        the first position that has not been scored.
+        No position is scored twice: a row lies before or behind the first that is not scored.
         """
         count = min(self.gap, limit)
         edge = self.group.scored_planned

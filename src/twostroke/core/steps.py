@@ -1,22 +1,17 @@
 """A step's life inside the scheduler: drafted, in flight, answered.
 
 Owns the record of what a planned row changed, so that it can be undone, and the check of an
-outcome against its plan. An executor is another process or machine: an answer that does not fit
-is its fault, never a request's, so it raises `ExecutorLost` and the engine treats the step as
-lost. Nothing here changes a sequence.
+outcome against its plan. An executor is another process: an answer that does not fit is its fault,
+never a request's, so the step counts as lost. Nothing here changes a sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from twostroke.core.policy import Room
-from twostroke.core.sequence import Sequence, State
+from twostroke.core.sequence import Sequence
 from twostroke.core.types import (
-    BlockCopy,
     BlockId,
-    BlockSwap,
     Row,
     RowResult,
     StepOutcome,
@@ -48,70 +43,6 @@ class Flight:
     moved_out: list[Sequence]
 
 
-@dataclass(slots=True, eq=False)
-class StepDraft:
-    """A step being planned: what is left of its budgets, and its rows and block copies so far.
-
-    slack: free blocks that newcomers may count on; None until somebody asks. room: what the pace
-    leaves to prompts; None for all there is.
-    """
-
-    tokens_left: int
-    rows_left: int
-    room: Room | None = None
-    iterations: int = 1
-    placements: list[Placement] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    swaps_out: list[BlockSwap] = field(default_factory=list)
-    swaps_in: list[BlockSwap] = field(default_factory=list)
-    moved_out: list[Sequence] = field(default_factory=list)
-    slack: int | None = None
-    _candidates: list[Sequence] | None = None
-
-    @property
-    def has_room(self) -> bool:
-        """True while another row of at least one token fits."""
-        return self.tokens_left > 0 and self.rows_left > 0
-
-    def get_tokens(self, start: int, wanted: int) -> int:
-        """How many of `wanted` tokens a prompt's row from position `start` may have."""
-        wanted = min(wanted, self.tokens_left)
-        return wanted if self.room is None else min(wanted, self.room.get_tokens(start, wanted))
-
-    def add(self, placement: Placement) -> None:
-        """Append a row."""
-        self.placements.append(placement)
-        self.rows.append(placement.row)
-        self.tokens_left -= len(placement.row.tokens)
-        self.rows_left -= 1
-
-    def try_take_victim(self, needy: Sequence, running: Iterable[Sequence]) -> Sequence | None:
-        """The last of `running` behind `needy` with no row in flight; None when there is none.
-
-        Whoever is passed over for a row in flight keeps it until the plan is complete, so the list
-        is walked once per plan, however many ask.
-        """
-        if self._candidates is None:
-            self._candidates = list(running)
-        while self._candidates and self._candidates[-1].key > needy.key:
-            candidate = self._candidates.pop()
-            if candidate.state is State.RUNNING and not candidate.rows_in_flight:
-                return candidate
-        return None
-
-    def build(self, step: int) -> StepPlan:
-        """The finished plan."""
-        return StepPlan(
-            step,
-            tuple(self.rows),
-            tuple(self.copies),
-            tuple(self.swaps_out),
-            tuple(self.swaps_in),
-            self.iterations,
-        )
-
-
 def check_outcome(outcome: StepOutcome, plan: StepPlan, vocab_size: int) -> None:
     """Raise `ExecutorLost` unless `outcome` answers every row of `plan`, in order and in range."""
     if len(outcome.results) != len(plan.rows):
@@ -136,9 +67,10 @@ def _find_fault(row: Row, result: RowResult, made: int, vocab_size: int) -> str:
         return f"{accepted} drafts accepted of {row.drafts}"
     if len(tokens) != (0 if row.sampling is None else accepted + made):
         return f"{len(tokens)} tokens with {accepted} drafts accepted in {made} iterations"
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            return f"token {token!r} is no integer in 0 … {vocab_size - 1}"
+    if tokens and (
+        set(map(type, tokens)) != {int} or not 0 <= min(tokens) <= max(tokens) < vocab_size
+    ):
+        return f"tokens {tokens!r} are no integers in 0 … {vocab_size - 1}"
     if accepted and tokens[:-1] != row.tokens[-row.drafts :][:accepted]:
         return "accepted drafts differ from the drafted tokens"
     has_logprobs = row.sampling is not None and row.sampling.logprobs is not None

@@ -1,8 +1,8 @@
 """The messages that cross the scheduler's boundary: requests, plans, outcomes, updates.
 
 All are frozen and slotted; a plan is complete in itself, so an executor needs to remember nothing
-about a request but the KV bytes in its blocks. Token ids are ints, times are integer nanoseconds
-on the engine's clock. Nothing here may hold a tensor, a clock or a callback.
+about a request but the KV bytes in its blocks. Nothing here may hold a tensor, a clock or a
+callback. What lies further inside (spec, kv) is named here too, for those who see only this.
 """
 
 from __future__ import annotations
@@ -12,80 +12,15 @@ from dataclasses import dataclass
 from twostroke.kv.moves import BlockCopy as BlockCopy
 from twostroke.kv.moves import BlockId as BlockId
 from twostroke.kv.moves import BlockSwap as BlockSwap
-
-Token = int
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class SequenceId:
-    """One of the `n` continuations of a request; `index` runs from 0."""
-
-    request: str
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
-    """How the next token is drawn from logits; every field is data, so a replay draws the same.
-
-    Applied in this order: penalties and bias on the logits, temperature, top-k, top-p, min-p.
-    temperature: 0 means greedy. top_k: 0 means off. top_p, min_p: 1.0 and 0.0 mean off.
-    repetition_penalty: 1.0 means off (Keskar et al. 2019, §4.1); over prompt and output.
-    presence_penalty, frequency_penalty: 0.0 means off; over the output only.
-    seed: of the counter-based generator; the draw depends on (seed, sequence index, position).
-    logit_bias: (token, addend) pairs in ascending token order.
-    logprobs: None for none, else how many of the most likely tokens to report beside the chosen
-    one. They are of the model's own distribution, before any of the above.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: tuple[tuple[Token, float], ...] = ()
-    logprobs: int | None = None
-
-    @property
-    def needs_history(self) -> bool:
-        """True when the draw depends on the tokens so far."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of the scheduler.
-
-    stop_tokens end a sequence (the stop token itself is emitted last, flagged by the finish
-    reason); they are not obeyed before `min_new_tokens`. `n` continuations share the prompt's
-    blocks. `prompt_logprobs`: None, else report each prompt token's log-probability with that many
-    alternatives. `priority`: smaller is more urgent. `tenant`: who shares are counted for.
-    `cache_scope`: adapter and tenant salt; a prefix is reused within one scope only. `ttft_ns`,
-    `itl_ns`: targets for the first token and between tokens; 0 means none. `expected_tokens`: the
-    output's length as the caller predicts it; 0 means unknown.
-    """
-
-    id: str
-    prompt: tuple[Token, ...]
-    max_new_tokens: int
-    sampling: SamplingSpec = SamplingSpec()
-    n: int = 1
-    stop_tokens: frozenset[Token] = frozenset()
-    min_new_tokens: int = 0
-    prompt_logprobs: int | None = None
-    priority: int = 0
-    tenant: str = ""
-    cache_scope: str = ""
-    ttft_ns: int = 0
-    itl_ns: int = 0
-    expected_tokens: int = 0
+from twostroke.spec.request import Cancelled as Cancelled
+from twostroke.spec.request import Ending as Ending
+from twostroke.spec.request import Failed as Failed
+from twostroke.spec.request import Finished as Finished
+from twostroke.spec.request import Rejected as Rejected
+from twostroke.spec.request import Request as Request
+from twostroke.spec.request import SamplingSpec as SamplingSpec
+from twostroke.spec.request import SequenceId as SequenceId
+from twostroke.spec.request import Token as Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,41 +118,6 @@ class Idle:
     waiting: int
     in_flight: int
     wake_ns: int = 0
-
-
-# ---- how requests end, and what the scheduler says about them -----------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Ended as asked: reason is "stop" (stop token or string) or "length"."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """Could never run; `limit_tokens` is the longest prompt that would, where that is the cause."""
-
-    reason: str
-    limit_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Ended because the caller asked."""
-
-    reason: str = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Ended because the engine could not go on with it."""
-
-    reason: str
-
-
-Ending = Finished | Rejected | Cancelled | Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The CPU runner: packed weights, an f16 KV pool, and the forward pass as one native program."""
+"""The CPU runner: packed weights, a KV pool, and the forward pass as one native program."""
 
 from __future__ import annotations
 
@@ -48,14 +48,25 @@ class CpuRunner:
         assert sizes.block_tokens == LANES, sizes.block_tokens
         self._pool = ThreadPool(sizes.threads)
         shape = KVShape(
-            spec.num_layers, sizes.num_blocks, sizes.block_tokens, spec.num_kv_heads, spec.head_dim
+            spec.num_layers,
+            sizes.num_blocks,
+            sizes.block_tokens,
+            spec.num_kv_heads,
+            spec.head_dim,
+            sizes.kv_element,
         )
         kv = np.zeros(shape.bytes, np.uint8)
         self._blocks: NDArray[np.uint8] = kv.reshape(1, sizes.num_blocks, -1)
         weights = load_weights(self._pool, spec, tensors, files)
         kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)
         self._program = Program(
-            self._pool, isa, kv, kv_shape, True, sizes.max_step_tokens, MAX_LOGIT_ROWS
+            self._pool,
+            isa,
+            kv,
+            kv_shape,
+            sizes.kv_element.value,
+            sizes.max_step_tokens,
+            MAX_LOGIT_ROWS,
         )
         self._ropes = Ropes(spec, tensors, sizes)
         self._logits = record(spec, self._program, weights, self._ropes.tables)

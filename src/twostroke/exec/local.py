@@ -27,6 +27,7 @@ from twostroke.errors import ExecutorLost
 from twostroke.exec.batch import Batch, BatchBuilder
 from twostroke.exec.sampling import build_results
 from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
+from twostroke.spec.kv import KvElement
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RunnerSizes:
     num_blocks: int
     block_tokens: int
     max_step_tokens: int
+    kv_element: KvElement = KvElement.F16
     host_blocks: int = 0
 
 

@@ -1,4 +1,4 @@
-"""The reference runner: NumPy, float32 weights and KV, one step at a time."""
+"""The reference runner: NumPy, float32 weights, one step at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twostroke.exec.floats import Ropes, to_float
 from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
 from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, StepArrays
 from twostroke.kernels.reference import sampling
-from twostroke.kernels.reference.ops import ReferenceKV, get_pool_extents, make_ops
+from twostroke.kernels.reference.ops import make_ops, view_kv
 from twostroke.models.decoder import run_head, run_layers
 from twostroke.spec.model import ModelSpec
 from twostroke.weights.tensor import HostTensor
@@ -32,11 +32,11 @@ class ReferenceRunner:
             sizes.block_tokens,
             spec.num_kv_heads,
             spec.head_dim,
-            "f32",
+            sizes.kv_element,
         )
-        memory = np.zeros((2, *get_pool_extents(shape)), np.float32)
-        self._kv_bytes = memory.view(np.uint8).reshape(2 * spec.num_layers, sizes.num_blocks, -1)
-        self._ops = make_ops(ReferenceKV(memory[0], memory[1]))
+        memory = np.zeros(shape.bytes, np.uint8)
+        self._kv_bytes = memory.reshape(2 * spec.num_layers, sizes.num_blocks, -1)
+        self._ops = make_ops(view_kv(memory, shape))
         self._weights = {name: to_float(spec, tensor) for name, tensor in tensors.items()}
         self._ropes = Ropes(spec, tensors, sizes)
         self._step: StepArrays | None = None

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twostroke.spec.kv import KvElement
+
 Array = Any  # a backend's array of float32 activations
 Weight = Any  # a backend's prepared weight
 
@@ -47,7 +49,7 @@ class StepArrays:
 class KVShape:
     """The KV pool: `num_blocks` blocks of `block_tokens` tokens for every layer.
 
-    element is "f16" or "f32". A block holds K and V of all KV heads of one layer; how a backend
+    A block holds K and V of all KV heads of one layer; how a backend
     lays them out inside is its own affair.
     """
 
@@ -56,12 +58,12 @@ class KVShape:
     block_tokens: int
     num_kv_heads: int
     head_dim: int
-    element: str = "f16"
+    element: KvElement = KvElement.F16
 
     @property
     def bytes(self) -> int:
         """Bytes of the whole pool."""
-        per_token = 2 * self.num_kv_heads * self.head_dim * (2 if self.element == "f16" else 4)
+        per_token = 2 * self.num_kv_heads * self.element.get_head_bytes(self.head_dim)
         return self.num_layers * self.num_blocks * self.block_tokens * per_token
 
 

@@ -19,30 +19,53 @@ from twostroke.kv.prefix import PrefixIndex
 class BlockAllocator:
     """Reference counts, pins and the free list of a pool of `num_blocks` blocks; others only read.
 
-    references, pins: indexed by block. free: a stack, whose last is taken next: a block freed last
-    is the likeliest to be in a cache still, and reusing it at once makes a use after free show.
-    prefixes: the names of blocks, and the free blocks that have one.
+    references, pins: indexed by block, of the first blocks, those ever taken: a fresh pool costs
+    nothing, however large. free: those given back, a stack, whose last is taken next: a block freed
+    last is the likeliest to be in a cache still, and reusing it at once makes a use after free
+    show. prefixes: the names of blocks, and the free blocks that have one.
     """
 
-    __slots__ = ("free", "pins", "prefixes", "references")
+    __slots__ = ("free", "num_blocks", "pins", "prefixes", "references")
 
     def __init__(self, num_blocks: int) -> None:
-        self.free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
-        self.references = [0] * num_blocks
-        self.pins = [0] * num_blocks
+        self.num_blocks = num_blocks
+        self.free: list[BlockId] = []
+        self.references: list[int] = []
+        self.pins: list[int] = []
         self.prefixes = PrefixIndex()
+
+    @property
+    def num_empty(self) -> int:
+        """Blocks that can be taken now without forgetting a prefix."""
+        return len(self.free) + self.num_blocks - len(self.references)
 
     @property
     def num_free(self) -> int:
         """Blocks that can be taken now."""
-        return len(self.free) + len(self.prefixes.idle)
+        return self.num_empty + len(self.prefixes.idle)
 
     def take(self) -> BlockId:
         """Take a free block with one reference; there must be one (`num_free`)."""
-        assert self.num_free, "take from an empty pool: the caller checks num_free first"
-        block = self.free.pop() if self.free else self.prefixes.evict()
-        self.references[block] = 1
-        return block
+        return self.take_many(1)[0]
+
+    def take_many(self, count: int) -> list[BlockId]:
+        """Take so many free blocks with one reference each; there must be as many (`num_free`)."""
+        assert count <= self.num_free, "more than there is: the caller checks num_free first"
+        free, references = self.free, self.references
+        given = min(count, len(free))
+        blocks = free[len(free) - given :][::-1]
+        del free[len(free) - given :]
+        for block in blocks:
+            references[block] = 1
+        fresh = range(len(references), min(len(references) + count - given, self.num_blocks))
+        references.extend([1] * len(fresh))
+        self.pins.extend([0] * len(fresh))
+        blocks.extend(fresh)
+        while len(blocks) < count:
+            block = self.prefixes.evict()
+            references[block] = 1
+            blocks.append(block)
+        return blocks
 
     def share(self, block: BlockId) -> None:
         """Add a reference to a block that is held, pinned or idle."""
@@ -53,11 +76,18 @@ class BlockAllocator:
 
     def drop(self, block: BlockId) -> None:
         """Take one reference away; the block is freed with its last reference and pin."""
-        references = self.references[block] - 1
-        assert references >= 0, f"block {block} has no reference to drop"
-        self.references[block] = references
-        if not references and not self.pins[block] and not self.prefixes.try_retire(block):
-            self.free.append(block)
+        self.drop_many((block,))
+
+    def drop_many(self, blocks: Sequence[BlockId]) -> None:
+        """Take one reference away from each of these blocks, in this order."""
+        references, pins, prefixes = self.references, self.pins, self.prefixes
+        has_names = len(prefixes) > 0
+        for block in blocks:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} has no reference to drop"
+            references[block] = left
+            if not (left or pins[block] or (has_names and prefixes.try_retire(block))):
+                self.free.append(block)
 
     def pin(self, block: BlockId) -> None:
         """Keep a held block from being reused until `unpin`."""
@@ -103,8 +133,9 @@ class BlockTable:
 
     def grow(self, count: int) -> None:
         """Append `count` fresh blocks."""
-        self._blocks.extend(self._allocator.take() for _ in range(count))
-        self._shown = None
+        if count:
+            self._blocks.extend(self._allocator.take_many(count))
+            self._shown = None
 
     def adopt(self, blocks: Sequence[BlockId]) -> None:
         """Append blocks that hold a known prefix, one reference each."""
@@ -115,9 +146,11 @@ class BlockTable:
 
     def shrink(self, count: int) -> None:
         """Drop the last `count` blocks, the inverse of `grow`."""
-        for _ in range(count):
-            self._allocator.drop(self._blocks.pop())
-        self._shown = None
+        if count:
+            kept = len(self._blocks) - count
+            self._allocator.drop_many(self._blocks[kept:][::-1])
+            del self._blocks[kept:]
+            self._shown = None
 
     def clear(self) -> None:
         """Drop every block."""

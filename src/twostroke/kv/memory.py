@@ -18,10 +18,22 @@ class KVMemory:
     """The pool and host memory, and how many blocks a sequence takes of them.
 
     least_blocks: of any sequence with tokens (pre-allocation); 0 pages on demand. seed: of prefix
-    names; an empty one names nothing. free_host: a stack of host blocks.
+    names; an empty one names nothing. free_host: a stack of host blocks. Counted since the start:
+    prompt_tokens of admitted requests, cached_tokens found for them, num_preemptions, num_swaps (of
+    these, KV moved to the host).
     """
 
-    __slots__ = ("allocator", "block_tokens", "free_host", "least_blocks", "seed")
+    __slots__ = (
+        "allocator",
+        "block_tokens",
+        "cached_tokens",
+        "free_host",
+        "least_blocks",
+        "num_preemptions",
+        "num_swaps",
+        "prompt_tokens",
+        "seed",
+    )
 
     def __init__(
         self,
@@ -36,6 +48,12 @@ class KVMemory:
         self.free_host = list(range(host_blocks - 1, -1, -1))
         self.least_blocks = least_blocks
         self.seed = seed
+        self.prompt_tokens = self.cached_tokens = self.num_preemptions = self.num_swaps = 0
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that hold a named prefix, held or not."""
+        return len(self.allocator.prefixes)
 
     def get_num_blocks(self, tokens: int) -> int:
         """Blocks of a sequence with `tokens` tokens."""

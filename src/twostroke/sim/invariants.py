@@ -38,7 +38,7 @@ def _check_lines(scheduler: Scheduler, sequences: list[Sequence]) -> None:
     keys = [one.key for one in running]
     assert keys == sorted(keys), "running: out of policy order"
     assert all(one.state is State.RUNNING for one in running), "running: holds another state"
-    waiting = list(scheduler._roster.waiting)
+    waiting = [one for lane in scheduler._roster.waiting.lanes.values() for one in lane]
     assert all(one.state is State.WAITING for one in waiting), "waiting: holds another state"
     assert len(waiting) == len(scheduler._roster.waiting), "waiting: miscounted"
     for state, line in ((State.RUNNING, running), (State.WAITING, waiting)):
@@ -61,7 +61,7 @@ def _check_marks(
             assert one.computed < len(one.tokens), f"{name}: nothing left to compute"
             assert one.rows_in_flight or one.computed == one.planned, f"{name}: planned in no step"
             assert one.rows_in_flight or one.gap > 0, f"{name}: runs without a gap"
-            num_blocks = scheduler._roster.get_num_blocks(one.planned)
+            num_blocks = scheduler._roster.memory.get_num_blocks(one.planned)
             assert len(one.table) == (num_blocks if one.planned else 0), (
                 f"{name}: more or fewer blocks than its tokens need"
             )
@@ -98,7 +98,11 @@ def _check_blocks(
     assert len(set(free)) == len(free), "blocks: one is free twice"
     host = [*scheduler._roster.memory.free_host, *(h for one in sequences for h in one.kept.host)]
     assert sorted(host) == list(range(scheduler.config.host_blocks)), "host: a block leaked"
-    listed_free = frozenset(free)
+    taken, listed_free = len(allocator.references), frozenset(free)
+    assert all(block < taken for block in references | pins), "blocks: one was never taken"
+    assert allocator.num_free == scheduler.config.num_blocks - taken + len(free), (
+        "blocks: miscounted"
+    )
     for block, counted in enumerate(zip(allocator.references, allocator.pins, strict=True)):
         held = references[block], pins[block]
         assert counted == held, f"block {block}: counts {counted} references and pins, has {held}"

@@ -29,6 +29,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from twostroke.spec.kv import KvElement
 from twostroke.spec.quant import Format
 
 
@@ -176,9 +177,9 @@ class ModelSpec:
         """Bytes of all weights in their stored formats."""
         return sum(tensor.bytes for tensor in self.tensors())
 
-    def get_kv_bytes_per_token(self, kv_element_bytes: int = 2) -> int:
+    def get_kv_bytes_per_token(self, element: KvElement = KvElement.F16) -> int:
         """Bytes of K and V that one token leaves behind over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_element_bytes
+        return 2 * self.num_layers * self.num_kv_heads * element.get_head_bytes(self.head_dim)
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every weight of the model, in forward order."""

@@ -24,6 +24,7 @@ from operator import add
 from typing import NamedTuple
 
 from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec, TensorSpec
 
 # Parts of a step, in forward order, and the tensors whose bytes and products belong to each.
@@ -262,8 +263,8 @@ class ModelWork:
         return StepWork(parts, kv_read, kv_written)
 
 
-def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
-    """Costs of `spec`; kv_element_bytes is the size of one stored K or V value."""
+def get_model_work(spec: ModelSpec, kv_element: KvElement = KvElement.F16) -> ModelWork:
+    """Costs of `spec` with its keys and values stored as `kv_element`."""
     matrix_ops: Counter[tuple[str, str]] = Counter()
     weight_bytes: Counter[str] = Counter()
     embed_row_bytes = expert_bytes = 0
@@ -291,7 +292,7 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
         num_layers=spec.num_layers,
         # q·k and p·v: a multiply-add a value of the head each (Vaswani et al. 2017, eq. 1).
         pair_ops=4 * spec.num_heads * spec.head_dim,
-        kv_layer_bytes=2 * spec.num_kv_heads * spec.head_dim * kv_element_bytes,
+        kv_layer_bytes=2 * spec.num_kv_heads * kv_element.get_head_bytes(spec.head_dim),
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,
         expert_bytes=expert_bytes,
@@ -299,7 +300,7 @@ def get_model_work(spec: ModelSpec, kv_element_bytes: int = 2) -> ModelWork:
 
 
 def get_op_work(
-    spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2
+    spec: ModelSpec, shape: StepShape, kv_element: KvElement = KvElement.F16
 ) -> dict[str, PartWork]:
     """A step's work op by op: each product under its weight's name over all layers ("q", "down",
     "head"), then "attention", "rms_norm", "rope", "add" and "gated".
@@ -322,7 +323,7 @@ def get_op_work(
             expert_bytes[name] += tensor.bytes
         elif sampled or not is_head:
             read[name] += tensor.bytes
-    model = get_model_work(spec, kv_element_bytes)
+    model = get_model_work(spec, kv_element)
     stored = picked = 0  # of the ops so far, so that the ops' rounded bytes sum to the step's
     for name, more in expert_bytes.items():
         stored += more
@@ -338,9 +339,11 @@ def get_op_work(
     return found
 
 
-def get_step_work(spec: ModelSpec, shape: StepShape, kv_element_bytes: int = 2) -> StepWork:
+def get_step_work(
+    spec: ModelSpec, shape: StepShape, kv_element: KvElement = KvElement.F16
+) -> StepWork:
     """Work of one step of `spec`. Who counts many steps keeps `get_model_work`'s value instead."""
-    return get_model_work(spec, kv_element_bytes).get_step_work(shape)
+    return get_model_work(spec, kv_element).get_step_work(shape)
 
 
 def get_floor_seconds(work: StepWork, device: DeviceSpec) -> Floor:

@@ -8,19 +8,27 @@ one, so no row can influence another.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twostroke.kernels.ops import F32, KVShape, OpTable, RopeTable, StepArrays
+from twostroke.kernels.ops import F32, I32, KVShape, OpTable, RopeTable, StepArrays
+from twostroke.spec.kv import KvElement
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKV:
-    """KV of all layers: `keys` and `values` (layers, blocks, block_tokens, kv_heads, head_dim)."""
+    """KV of all layers: `keys` and `values` (layers, blocks, block_tokens, kv_heads, head_dim).
 
-    keys: NDArray[np.floating]
-    values: NDArray[np.floating]
+    int8 elements have scales, float32 (layers, blocks, block_tokens, kv_heads, 1), and stand for
+    element times scale; their keys are rotated (see `rotate`).
+    """
+
+    keys: NDArray[Any]
+    values: NDArray[Any]
+    key_scales: F32 | None = None
+    value_scales: F32 | None = None
 
 
 def get_pool_extents(shape: KVShape) -> tuple[int, int, int, int, int]:
@@ -36,9 +44,23 @@ def get_pool_extents(shape: KVShape) -> tuple[int, int, int, int, int]:
 
 def new_kv(shape: KVShape) -> ReferenceKV:
     """An empty pool of the given shape in its element type."""
+    return view_kv(np.zeros(shape.bytes, np.uint8), shape)
+
+
+def view_kv(memory: NDArray[np.uint8], shape: KVShape) -> ReferenceKV:
+    """The pool that lies in `memory`, of `shape.bytes`: all keys, then all values.
+
+    A token's head is its elements, then, of int8, their scale.
+    """
     extents = get_pool_extents(shape)
-    element = np.float16 if shape.element == "f16" else np.float32
-    return ReferenceKV(np.zeros(extents, element), np.zeros(extents, element))
+    keys, values = memory.reshape(2, *extents[:-1], -1)
+    if shape.element is not KvElement.INT8:
+        stored = np.float16 if shape.element is KvElement.F16 else np.float32
+        return ReferenceKV(keys.view(stored), values.view(stored))
+    dim = shape.head_dim
+    elements = (pool[..., :dim].view(np.int8) for pool in (keys, values))
+    scales = (pool[..., dim:].view(np.float32) for pool in (keys, values))
+    return ReferenceKV(*elements, *scales)
 
 
 def make_ops(kv: ReferenceKV) -> OpTable:
@@ -104,10 +126,67 @@ def write_kv(kv: ReferenceKV, step: StepArrays, layer: int, pair: tuple[F32, F32
     for row in range(len(step.row_offsets) - 1):
         tokens = slice(step.row_offsets[row], step.row_offsets[row + 1])
         positions = step.positions[tokens]
-        blocks = step.block_tables[row, positions // block_tokens]
-        slots = positions % block_tokens
-        for pool, values in zip((kv.keys, kv.values), pair, strict=True):
-            pool[layer, blocks, slots] = values[tokens].reshape(-1, kv_heads, head_dim)
+        at = (layer, step.block_tables[row, positions // block_tokens], positions % block_tokens)
+        keys, values = (array[tokens].reshape(-1, kv_heads, head_dim) for array in pair)
+        if kv.key_scales is None or kv.value_scales is None:
+            if kv.keys.dtype == np.float16:
+                keys, values = clamp(keys), clamp(values)
+            kv.keys[at], kv.values[at] = keys, values
+        else:
+            kv.keys[at], kv.key_scales[at] = round_to_int8(rotate(clamp(keys)))
+            kv.values[at], kv.value_scales[at] = round_to_int8(clamp(values))
+
+
+def clamp(x: F32) -> F32:
+    """x within the range of f16."""
+    clamped: F32 = np.clip(x, np.float32(-65504), np.float32(65504))
+    return clamped
+
+
+def round_to_int8(x: F32) -> tuple[NDArray[np.int8], F32]:
+    """x (..., head_dim) as int8 elements and scales (..., 1): x is about element * scale.
+
+    The scale is max |x| / 127; an element is x * (127 / max |x|), rounded to nearest even. A head
+    below 1e-30 becomes zeros.
+    """
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    inverse = np.float32(127) / np.where(largest > 1e-30, largest, np.float32(np.inf))
+    return np.rint(x * inverse).astype(np.int8), largest / np.float32(127)
+
+
+def get_rotated_dims(head_dim: int) -> int:
+    """How many dimensions are rotated together: the largest power of two in head_dim."""
+    return head_dim & -head_dim
+
+
+def rotate(x: F32) -> F32:
+    """H x of every n = get_rotated_dims dimensions of x (..., head_dim), H being Walsh-Hadamard.
+
+    It spreads a dimension far larger than the rest over all, so that one scale serves them
+    (Ashkboos et al. 2024, QuaRot, §3). H is symmetric, of ±1, and H H = n: q . k is
+    (H q) . (H k) / n. Sixteen dimensions are one sum in order, then come pairs of such sums 1, 2,
+    4 … apart, as native code adds.
+    """
+    size = get_rotated_dims(x.shape[-1])
+    lanes = min(size, 16)
+    parts = x.reshape(*x.shape[:-1], -1, lanes)
+    sums = sum(parts[..., j, None] * signs for j, signs in enumerate(_get_signs(lanes)))
+    assert not isinstance(sums, int)
+    apart = 1
+    while apart < size // lanes:
+        a, b = np.moveaxis(sums.reshape(*x.shape[:-1], -1, 2, apart, lanes), -3, 0)
+        sums = np.stack([a + b, a - b], axis=-3)
+        apart *= 2
+    rotated: F32 = sums.reshape(x.shape)
+    return rotated
+
+
+def _get_signs(size: int) -> F32:
+    """The transform of `size` dimensions: -1 where i and j share an odd number of bits."""
+    shared = np.arange(size)[:, None] & np.arange(size)
+    return np.array(
+        [[(-1) ** number.bit_count() for number in row] for row in shared.tolist()], np.float32
+    )
 
 
 def attention(
@@ -125,11 +204,11 @@ def attention(
         positions = step.positions[tokens]
         length = int(positions[-1]) + 1
         blocks = step.block_tables[row, : -(-length // block_tokens)]
-        k, v = (
-            pool[layer, blocks].reshape(-1, kv_heads, head_dim)[:length].astype(np.float32)
-            for pool in (kv.keys, kv.values)
-        )
+        k = _load(kv.keys, kv.key_scales, layer, blocks)[:length]
+        v = _load(kv.values, kv.value_scales, layer, blocks)[:length]
         heads = q[tokens].reshape(len(positions), kv_heads, -1, head_dim) * np.float32(scale)
+        if kv.key_scales is not None:
+            heads = rotate(heads / np.float32(get_rotated_dims(head_dim)))
         scores = np.einsum("tghd,kgd->tghk", heads, k, optimize=True)
         distance = positions[:, None] - np.arange(length)[None, :]
         hidden = (distance < 0) | (distance >= (window or length + 1))
@@ -140,6 +219,14 @@ def attention(
             len(positions), -1
         )
     return y
+
+
+def _load(pool: NDArray[Any], scales: F32 | None, layer: int, blocks: I32) -> F32:
+    """These blocks' keys or values as float32 (tokens, kv_heads, head_dim)."""
+    stored: F32 = pool[layer, blocks].astype(np.float32)
+    if scales is not None:
+        stored *= scales[layer, blocks]
+    return stored.reshape(-1, *pool.shape[-2:])
 
 
 def gated(gate: F32, up: F32, activation: str) -> F32:
