@@ -73,7 +73,8 @@ def get_calibration_path(spec: ModelSpec, settings: ResolvedSettings) -> Path:
         from twostroke._native import kernels_name
 
         backend += " " + kernels_name("auto")
-    facts = repr((spec, backend, settings.threads, settings.kv_element.value))
+    kv_format = settings.kv_element.value
+    facts = repr((spec, backend, settings.threads, kv_format))
     name = hashlib.sha256(facts.encode()).hexdigest()[:24]
     return get_cache_dir() / "calibration" / f"{name}.json"
 

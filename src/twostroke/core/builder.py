@@ -47,6 +47,7 @@ class StepBuilder:
         self._policies = policies
         self._roster = roster
         self._now = now
+        self._drafts = policies.drafter is not None
         self._tokens_left = config.step_tokens
         self._iterations = 1
         self._room: Room | None = None
@@ -77,7 +78,7 @@ class StepBuilder:
         self._slack = None
         for sequence in decodes:
             self._place(sequence, 1)
-        for sequence in running:
+        for sequence in running if len(decodes) < len(running) else ():
             if sequence.gap > 1:
                 self._admit(before=sequence.key)
                 self._place(sequence, self._get_tokens(sequence.planned, sequence.gap))
@@ -128,26 +129,26 @@ class StepBuilder:
         self._tokens_left -= len(row.tokens)
 
     def _place(self, sequence: Sequence, limit: int) -> None:
-        """Add the next row of `sequence`, as far as `limit`, tokens, rows and blocks allow.
-
-        A sequence that was preempted earlier in this step is passed over.
-        """
+        """Add the next row of `sequence`, unless this step preempted it, as far as all allows."""
         if limit < 1 or not self._has_room() or sequence.state is not State.RUNNING:
             return
         start, table, source = sequence.planned, sequence.table, None
-        is_decode = sequence.gap == 1
+        is_decode, place = sequence.gap == 1, start // self._config.block_tokens
+        arrives = sequence.kept.host != () and start == sequence.kept.hosted
+        if is_decode and place < len(table) and not table.is_shared(place) and not self._drafts:
+            self._add(Placement(sequence, sequence.build_row(1), 0, None, arrives), start + 1)
+            return
         count = self._make_room(sequence, sequence.get_chunk(min(limit, self._tokens_left)))
         if count == 0:
             return
-        if table.is_shared(start // self._config.block_tokens):
-            copy = table.split(start // self._config.block_tokens)
+        if table.is_shared(place):
+            copy = table.split(place)
             self._copies.append(copy)
             source = copy.source
         drafts = self._draft_tokens(sequence) if is_decode else ()
         end = start + count + len(drafts)
         grown = max(0, self._roster.memory.get_num_blocks(end) - len(table))
         table.grow(grown)
-        arrives = sequence.kept.host != () and start == sequence.kept.hosted
         row = sequence.build_row(count, drafts)
         self._add(Placement(sequence, row, grown, source, arrives), end)
         if self._room is not None and not (is_decode and end == start + 1):
@@ -236,10 +237,7 @@ class StepBuilder:
         return None
 
     def _fits(self, head: Sequence, prefix: list[BlockId]) -> bool:
-        """Whether a waiting sequence may run now, as far as blocks and the pace go.
-
-        A sequence alone fits when its tokens do: no spare is kept for nobody.
-        """
+        """Whether a waiting sequence may run now; alone it needs no spare block."""
         roster = self._roster
         if self._room is not None and self._room.newcomers < 1:
             return False

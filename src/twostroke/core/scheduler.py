@@ -65,6 +65,7 @@ class Scheduler:
         self._flights: deque[Flight] = deque()
         self._pending: list[Update] = []
         self._next_step = 0
+        self._most_tokens = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
 
     @property
     def num_waiting(self) -> int:
@@ -126,7 +127,7 @@ class Scheduler:
         chosen = [sequence for sequence in live if index in (None, sequence.id.index)]
         if group is None or not chosen:
             return ()
-        updates = self._take_pending()
+        updates, self._pending = self._pending, []
         updates.extend(self._roster.end(sequence, ending) for sequence in chosen)
         if group.live and group.live == group.unborn:
             self._roster.start_carrier(group)
@@ -162,7 +163,7 @@ class Scheduler:
         assert flight is self._flights[0], f"step {outcome.step} answered before an earlier one"
         check_outcome(outcome, flight.plan, self.config.vocab_size)
         self._flights.popleft()
-        updates = self._take_pending() if self._pending else []
+        updates, self._pending = self._pending, []
         made = len(outcome.iteration_ns) or 1
         for placement, result in zip(flight.placements, outcome.results, strict=True):
             self._settle(placement, result, made, updates)
@@ -184,7 +185,8 @@ class Scheduler:
                 placement.sequence.losses += flight is lost
             for sequence in flight.moved_out:  # whether its KV arrived, nobody knows
                 sequence.kept.forget_host()
-        return tuple(self._take_pending())
+        updates, self._pending = self._pending, []
+        return tuple(updates)
 
     def attach(
         self, id: str, blocks: tuple[BlockId, ...], tokens_computed: int
@@ -206,9 +208,8 @@ class Scheduler:
         held = sequence.table.get_blocks()
         if blocks != held:
             raise InvalidParameter("blocks", f"must be those reserved for {id!r}, {held}")
-        most = len(sequence.tokens) - 1
-        if held:
-            most = min(most, len(held) * self.config.block_tokens)
+        room = len(held) * self.config.block_tokens if held else tokens_computed
+        most = min(len(sequence.tokens) - 1, room)
         if not (0 if held else 1) <= tokens_computed <= most:
             raise InvalidParameter("tokens_computed", f"{tokens_computed} is out of range")
         if held:
@@ -240,7 +241,7 @@ class Scheduler:
         sequence.losses = 0
         accepted = result.accepted_drafts
         sequence.computed = row.start + len(row.tokens) - row.drafts + accepted + made - 1
-        if sequence.planned > sequence.computed and row.sampling is not None:
+        if row.sampling is not None and sequence.planned > sequence.computed:
             sequence.planned, table = sequence.computed, sequence.table
             table.shrink(len(table) - self.memory.get_num_blocks(sequence.planned))
         if row.drafts and self._policies.drafter is not None:
@@ -260,28 +261,27 @@ class Scheduler:
         """Append drawn tokens up to the one that ends the sequence, if any, and report them."""
         count, ending = self._find_ending(sequence, result.tokens)
         sequence.tokens += result.tokens[:count]
-        lasting = min(sequence.computed, len(sequence.tokens))
-        sequence.kept.name_full(sequence.table, sequence.tokens, lasting)
+        if self.memory.seed:
+            lasting = min(sequence.computed, len(sequence.tokens))
+            sequence.kept.name_full(sequence.table, sequence.tokens, lasting)
         tokens, logprobs = result.tokens[:count], result.logprobs[:count]
         group = sequence.group
         scored = group.take_scored() if sequence.id.index == 0 else ()
         updates.append(TokensEmitted(sequence.id, tokens, logprobs, scored))
-        self._roster.charge(group.request, 0, count)
+        if self._policies.accounts is not None:
+            self._roster.charge(group.request, 0, count)
         if ending is not None:
             updates.append(self._roster.end(sequence, ending))
 
     def _find_ending(
         self, sequence: Sequence, tokens: tuple[Token, ...]
     ) -> tuple[int, Finished | None]:
-        """How many of these drawn tokens belong to a sequence, and how the last of them ends it.
-
-        A sequence that has outgrown the whole pool cannot draw another token: that is "length".
-        """
-        request, config, known = sequence.group.request, self.config, len(sequence.tokens)
-        left = min(config.context_tokens, config.num_blocks * config.block_tokens + 1) - known
-        left = min(left, request.max_new_tokens - sequence.num_new_tokens)
+        """How many of these drawn tokens belong to a sequence, and how the last of them ends it."""
+        request, known = sequence.group.request, len(sequence.tokens)
+        new_tokens = known - len(request.prompt)
+        left = min(request.max_new_tokens - new_tokens, self._most_tokens - known)
         if not request.stop_tokens.isdisjoint(tokens):
-            least = request.min_new_tokens - sequence.num_new_tokens
+            least = request.min_new_tokens - new_tokens
             for count, token in enumerate(tokens[:left], 1):
                 if token in request.stop_tokens and count >= least:
                     return count, Finished("stop")
@@ -303,7 +303,3 @@ class Scheduler:
             sequence.table.rejoin(start // self.config.block_tokens, source)
         if placement.arrives:
             self._roster.return_to_line(sequence)
-
-    def _take_pending(self) -> list[Update]:
-        pending, self._pending = self._pending, []
-        return pending

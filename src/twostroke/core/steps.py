@@ -43,6 +43,9 @@ class Flight:
     moved_out: list[Sequence]
 
 
+_INTS = {int}
+
+
 def check_outcome(outcome: StepOutcome, plan: StepPlan, vocab_size: int) -> None:
     """Raise `ExecutorLost` unless `outcome` answers every row of `plan`, in order and in range."""
     if len(outcome.results) != len(plan.rows):
@@ -67,8 +70,8 @@ def _find_fault(row: Row, result: RowResult, made: int, vocab_size: int) -> str:
         return f"{accepted} drafts accepted of {row.drafts}"
     if len(tokens) != (0 if row.sampling is None else accepted + made):
         return f"{len(tokens)} tokens with {accepted} drafts accepted in {made} iterations"
-    if tokens and (
-        set(map(type, tokens)) != {int} or not 0 <= min(tokens) <= max(tokens) < vocab_size
+    if tokens and not (
+        set(map(type, tokens)) == _INTS and 0 <= min(tokens) <= max(tokens) < vocab_size
     ):
         return f"tokens {tokens!r} are no integers in 0 … {vocab_size - 1}"
     if accepted and tokens[:-1] != row.tokens[-row.drafts :][:accepted]:

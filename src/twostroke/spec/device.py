@@ -62,23 +62,6 @@ class DeviceSpec:
         return any(name == arithmetic for name, _ in self.rates)
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutorInfo:
-    """What an executor offers: its device, backend and KV pool.
-
-    kv_bytes is the whole pool's size; max_step_tokens the most tokens one step may hold.
-    """
-
-    device: str
-    backend: str
-    threads: int
-    num_blocks: int
-    block_tokens: int
-    kv_bytes: int
-    weight_bytes: int
-    max_step_tokens: int
-
-
 def list_known_devices() -> tuple[str, ...]:
     """Names that `get_known_device` takes, in alphabetical order."""
     names = (each.name for each in _get_folder().iterdir())
@@ -159,3 +142,20 @@ def _get_number(
             return number
     kind = "a positive number" if least else "a number, 0 or more"
     raise DeviceError(f"{path}: key {key!r} must be {kind}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInfo:
+    """What an executor offers: its device, backend and KV pool.
+
+    kv_bytes is the whole pool's size; max_step_tokens the most tokens one step may hold.
+    """
+
+    device: str
+    backend: str
+    threads: int
+    num_blocks: int
+    block_tokens: int
+    kv_bytes: int
+    weight_bytes: int
+    max_step_tokens: int
