@@ -52,6 +52,10 @@ NAMES += [
     "--port",
     "--host",
     "--max-rows",
+    "--tp",
+    "--rate",
+    "--tpot-target-ms",
+    "--output",
     "--help",
 ]
 WORDS = st.one_of(
@@ -80,7 +84,7 @@ def read_with_typer(name: str, words: list[str]) -> list[Any] | None:
     return seen if result.exit_code == 0 and (seen or not command.groups) else None
 
 
-@pytest.mark.parametrize("name", ["generate", "serve"])
+@pytest.mark.parametrize("name", ["generate", "serve", "simulate"])
 @settings(max_examples=300, deadline=None)
 @given(words=LINES)
 def test_what_is_read_here_is_what_typer_reads(name: str, words: list[str]) -> None:

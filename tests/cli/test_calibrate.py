@@ -123,15 +123,16 @@ def test_a_stored_calibration_is_found_again(
     ]
 
 
-def test_a_calibration_is_for_one_model_backend_and_number_of_threads() -> None:
+def test_a_calibration_is_for_one_model_backend_kv_format_and_number_of_threads() -> None:
     settings = settle()
     others = [
         (replace(SPEC, formats=()), settings),
         (SPEC, settle(threads=1)),
         (SPEC, settle(backend="reference")),
+        (SPEC, settle(kv="int8")),
     ]
     paths = {get_calibration_path(*each) for each in [(SPEC, settings), *others]}
-    assert len(paths) == 4
+    assert len(paths) == 5
 
 
 def test_without_a_calibration_the_machines_limits_speak() -> None:

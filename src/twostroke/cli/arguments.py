@@ -94,6 +94,6 @@ def _read_value(field: dataclasses.Field[Any], word: str) -> str | int | float:
             high = number if shown.most is None else shown.most
             if low <= number <= high:
                 return number
-        case "float" if _DECIMAL.fullmatch(word):
+        case "float" | "float | None" if _DECIMAL.fullmatch(word):
             return float(word)
     raise _NotPlain

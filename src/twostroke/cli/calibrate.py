@@ -131,7 +131,12 @@ def run_calibrate(model: str, on: MachineOptions) -> None:
     from rich.console import Console
 
     wanted = EngineSettings(
-        model=model, threads=on.threads, backend=on.backend, kv_memory=_POOL_BYTES, has_chat=False
+        model=model,
+        threads=on.threads,
+        backend=on.backend,
+        kv=on.kv,
+        kv_memory=_POOL_BYTES,
+        has_chat=False,
     )
     built = build_engine(wanted)
     executor, spec, settings = built.parts.executor, built.parts.spec, built.settings

@@ -16,11 +16,15 @@ from typing import Any
 
 from twostroke.cli.options import (
     GenerateOptions,
+    LoadOptions,
     MachineOptions,
     ModelOption,
     ProfileOptions,
     SamplingOptions,
+    SchedulingOptions,
     ServeOptions,
+    SimulatedMachineOptions,
+    SimulationOutput,
 )
 from twostroke.errors import InvalidRequest, TwostrokeError, UnknownModel
 
@@ -84,6 +88,18 @@ def serve(model: ModelOption, serving: ServeOptions, on: MachineOptions) -> None
     run_serve(model.model, serving, on)
 
 
+def simulate(
+    machine: SimulatedMachineOptions,
+    load: LoadOptions,
+    scheduling: SchedulingOptions,
+    output: SimulationOutput,
+) -> None:
+    """Show what requests would experience on other hardware, with the scheduler that serves."""
+    from twostroke.cli.simulate import run_simulate
+
+    run_simulate(machine, load, scheduling, output)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -92,6 +108,9 @@ COMMANDS = {
     "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, MachineOptions)),
+    "simulate": Command(
+        simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)
+    ),
 }
 
 

@@ -161,3 +161,151 @@ class ServeOptions:
     step_tokens: int | None = field(
         default=None, metadata=show("Token budget of one step.", default="512")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedMachineOptions:
+    """What is simulated: a model, on which devices, how many times."""
+
+    model: str | None = field(
+        default=None,
+        metadata=show(
+            "A built-in description such as llama-2-70b, in another format as llama-2-70b:q8_0; a "
+            "wrong name lists them.",
+            metavar="NAME",
+        ),
+    )
+    device: str | None = field(
+        default=None,
+        metadata=show(
+            "A known device such as a100-80gb or a .toml file of your own. "
+            "a100-80gb:captured is one whose engine replays captured kernels.",
+            metavar="NAME",
+        ),
+    )
+    tp: int = field(
+        default=1, metadata=show("Devices that share one model (tensor parallelism).", least=1)
+    )
+    replicas: int = field(default=1, metadata=show("Engines behind the router.", least=1))
+    router: str = field(
+        default="least-tokens",
+        metadata=show('"round-robin", "least-requests", "least-tokens" or "prefix-aware".'),
+    )
+    kv: str | None = field(
+        default=None,
+        metadata=show('How keys and values are stored: "f16", "int8" or "f32".', default="f16"),
+    )
+    kv_memory: str | None = field(
+        default=None,
+        metadata=show(
+            "Size of each replica's KV pool, such as 40GiB.", default="what weights leave"
+        ),
+    )
+    block_tokens: int = field(
+        default=16, metadata=show("Tokens in a block of the KV pool.", least=1, most=1024)
+    )
+    step_tokens: int | None = field(
+        default=None, metadata=show("Token budget of one step.", default="2048")
+    )
+    max_rows: int | None = field(
+        default=None, metadata=show("Most sequences computed in one step.", default="256")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What comes in: a trace, a drawn workload, or one with the other's lengths."""
+
+    trace: str | None = field(
+        default=None,
+        metadata=show(
+            "Recorded requests: Azure CSV or Mooncake JSON lines. With --workload only its lengths "
+            "are used.",
+            metavar="FILE",
+        ),
+    )
+    workload: str | None = field(
+        default=None,
+        metadata=show(
+            "poisson, gamma (bursty) or constant arrivals; with more after a colon, as in "
+            "gamma:cv=4,tenants=10,prefix=0.5.",
+        ),
+    )
+    rate: str | None = field(
+        default=None,
+        metadata=show(
+            'Requests a second, or "2x" for a trace twice as fast.', default="the trace's"
+        ),
+    )
+    prompt_tokens: str | None = field(
+        default=None,
+        metadata=show(
+            'Prompt lengths: 512, "uniform:100-900", "lognormal:512:1.5", or "0.5x" of a trace\'s.',
+            default="the trace's, else 512",
+        ),
+    )
+    new_tokens: str | None = field(
+        default=None,
+        metadata=show("Answer lengths, as those of prompts.", default="the trace's, else 128"),
+    )
+    requests: str | None = field(
+        default=None,
+        metadata=show(
+            'How many: 1000, "600s" for those of the first 600 seconds, "3x" for a trace three '
+            "times over.",
+            default="the whole trace, else 1000",
+        ),
+    )
+    faults: str | None = field(
+        default=None,
+        metadata=show(
+            "What goes wrong, as in deaths=1,slowdowns=2,cancels=0.05; a wrong key lists them.",
+            default="nothing",
+        ),
+    )
+    seed: int = field(default=0, metadata=show("Of the drawn workload and faults.", least=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingOptions:
+    """How the scheduler chooses, and what it is asked to keep."""
+
+    policy: str = field(
+        default="first-come",
+        metadata=show(
+            'Who goes first: "first-come", "priority", "shortest", "fair" or "deadline".'
+        ),
+    )
+    pace: str | None = field(
+        default=None,
+        metadata=show(
+            'How much of the prompts a step takes: "fixed", "load", "target" or "static".',
+            default="target where there is a target between tokens, else fixed",
+        ),
+    )
+    ttft_target_ms: float | None = field(
+        default=None, metadata=show("Longest time to the first token.", default="none")
+    )
+    itl_target_ms: float | None = field(
+        default=None,
+        metadata=show(
+            "Longest time between tokens.", "--itl-target-ms", "--tpot-target-ms", default="none"
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationOutput:
+    """What is left of a simulation."""
+
+    output: list[str] | None = field(
+        default=None,
+        metadata=show(
+            "Write every request (.csv, .parquet) or a picture (.png, .svg); may be given several "
+            "times.",
+            metavar="FILE",
+        ),
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object as the last line.", "--json")
+    )
