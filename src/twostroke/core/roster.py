@@ -235,6 +235,7 @@ class Roster:
         if not group.live:
             del self.groups[group.request.id]
             self.fates[type(ending).__name__.lower()] += 1
+            group.sequences.clear()  # or they and it would wait for the cyclic collector
         return SequenceEnded(sequence.id, ending)
 
     def release(self, id: str) -> None:
