@@ -158,8 +158,12 @@ class RooflineCost:
         if count < _LEAST_ARRAY:
             return [self.predict_ns(grow_totals(first, growth, step)) for step in range(count)]
         totals = _spread(first, growth, count)
-        experts = self._expert_array[np.minimum(totals.tokens, len(self._experts) - 1)]
-        return _to_times(self._evaluate(totals, experts, np.maximum))
+        most = len(self._experts) - 1
+        if growth.tokens:
+            experts: Values = self._expert_array[np.minimum(totals.tokens, most)]
+        else:
+            experts = self._experts[min(first.tokens, most)]
+        return _to_times(self._evaluate(totals, experts, _get_longer), count)
 
     def predict_copy_ns(self, kv_bytes: int) -> int:
         """Time of moving KV to or from host memory: each device moves its part."""
@@ -261,7 +265,7 @@ class MeasuredCost:
         totals = _spread(first, growth, count)
         layers_ns = self._tokens.get_all(totals.tokens)
         head_ns = self._sampled.get_all(totals.sampled)
-        return _to_times(self._evaluate(totals, layers_ns, head_ns))
+        return _to_times(self._evaluate(totals, layers_ns, head_ns), count)
 
     def predict_copy_ns(self, kv_bytes: int) -> int:
         """Time of a copy within this machine's memory."""
@@ -300,17 +304,27 @@ class _Curve:
 
 
 def _spread(first: StepTotals, growth: StepTotals, count: int) -> StepTotals:
-    """Totals of a run: arrays (count,) in place of numbers."""
+    """Totals of a run: arrays (count,) in place of those numbers that grow."""
     steps = np.arange(count)
     pairs = zip(first, growth, strict=True)
-    return StepTotals._make(start + more * steps for start, more in pairs)
+    return StepTotals._make(start + more * steps if more else start for start, more in pairs)
+
+
+def _get_longer(one: Values, other: Values) -> Values:
+    """The longer of two times, each of one step or of many; arrays are slow for single numbers."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.maximum(one, other)
+    return max(one, other)
 
 
 def _to_time(ns: float) -> int:
     return max(1, round(ns))
 
 
-def _to_times(ns: NDArray[np.float64]) -> list[int]:
+def _to_times(ns: Values, count: int) -> list[int]:
+    """Whole times of `count` steps; a single number where all take the same."""
+    if not isinstance(ns, np.ndarray) or ns.ndim == 0:
+        return [_to_time(float(ns))] * count
     times: list[int] = np.maximum(np.rint(ns), 1).astype(np.int64).tolist()
     return times
 
