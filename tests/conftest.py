@@ -1,4 +1,4 @@
-"""Where the GPU kernels' tests run: in Triton's interpreter on a CPU, or on a GPU that is asked for.
+"""Where the GPU kernels' tests run: in Triton's interpreter, or on a GPU that is asked for.
 
 TRITON_INTERPRET is read when a kernel is defined, so it is set before any test module is imported.
 """

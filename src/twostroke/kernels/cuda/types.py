@@ -1,4 +1,4 @@
-"""What the GPU kernels share: a step's tensors, the KV pool, and matrices as they lie on the device.
+"""What the GPU's kernels share: a step's tensors, the KV pool, matrices as the device holds them.
 
 Owns shapes and nothing that computes. Every tensor here lies on one device: a GPU, or the CPU where
 the kernels run in Triton's interpreter. T is the number of tokens of the step, R of rows, L of
