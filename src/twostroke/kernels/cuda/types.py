@@ -131,3 +131,27 @@ class Fused:
 
 
 PLAIN = Fused()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatrixPart:
+    """Outputs first … last - 1 of a matrix: what one weight of the model is of a merged one.
+
+    q, k and v lie one on top of the other in one matrix, gate and up in another, so that each pair
+    or triple can be one product. bias (outputs of the whole matrix,) in the dtype of the
+    activations, where one of the parts has one; None where none has.
+    """
+
+    matrix: Matrix
+    first: int
+    last: int
+    bias: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """True when it is all of the matrix."""
+        return self.first == 0 and self.last == self.matrix.outputs
+
+
+# A model's weights by canonical name (see spec/model.py): matrices as parts, norms as float32.
+Weights = dict[str, MatrixPart | Tensor]
