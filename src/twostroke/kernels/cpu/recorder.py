@@ -15,15 +15,10 @@ from typing import Any
 import numpy as np
 
 from twostroke.kernels.cpu.fuse import Call, Emit, Gate, Product, Quantise, join_calls
-from twostroke.kernels.cpu.layout import (
-    Access,
-    BarrierFinder,
-    Place,
-    PlaceAllocator,
-    find_last_uses,
-)
+from twostroke.kernels.cpu.layout import Access, BarrierFinder
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector
 from twostroke.kernels.ops import OpTable, RopeTable
+from twostroke.kernels.places import Place, PlaceAllocator, find_last_uses
 
 LANES = 16
 _NO_BIAS = np.zeros(0, np.float32)
