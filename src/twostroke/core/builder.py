@@ -156,15 +156,14 @@ class StepBuilder:
 
     def _draft_tokens(self, sequence: Sequence) -> tuple[Token, ...]:
         """Tokens to verify behind the next one of `sequence`, where free blocks are plenty."""
-        drafter, known, config = self._policies.drafter, len(sequence.tokens), self._config
+        drafter, known = self._policies.drafter, len(sequence.tokens)
         spare = self._roster.allocator.num_free - len(self._roster.running)
         if drafter is None or spare < 1 or sequence.group.unborn:
             return ()
         most = min(
             self._tokens_left - 1,
-            sequence.group.request.max_new_tokens - sequence.num_new_tokens - 1,
-            min(config.context_tokens, config.num_blocks * config.block_tokens) - known - 1,
-            (len(sequence.table) + spare) * config.block_tokens - known,
+            sequence.num_left - 1,
+            (len(sequence.table) + spare) * self._config.block_tokens - known,
         )
         return drafter.propose(sequence.id, sequence.tokens, most) if most > 0 else ()
 
@@ -181,13 +180,11 @@ class StepBuilder:
             prefix = roster.find_prefix(head)
             if policies.order.changes or self._fits(head, prefix):
                 return False
-        most = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
         for one in decodes:
             group, place = one.group, one.planned // config.block_tokens
             if group.unborn or group.needs_history or one.table.is_shared(place):
                 return False
-            left = min(group.request.max_new_tokens - one.num_new_tokens, most - len(one.tokens))
-            iterations = min(iterations, left)
+            iterations = min(iterations, one.num_left)
         free, count_blocks = roster.allocator.num_empty, roster.memory.get_num_blocks
         grown: list[int] = []
         while iterations > 1:

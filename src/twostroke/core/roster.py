@@ -95,6 +95,7 @@ class Roster:
         self.reserved: dict[str, Sequence] = {}
         fates = ("submitted", "finished", "rejected", "cancelled", "failed", "released")
         self.fates = dict.fromkeys(fates, 0)
+        self._most_tokens = min(config.context_tokens, blocks * size + 1)
         self._watermark_blocks = config.watermark_blocks
         self._policies = policies
 
@@ -102,7 +103,8 @@ class Roster:
         """Take an accepted request in; its first sequence waits, to compute the prompt."""
         n, rank = request.n, self._policies.order.rank(request, 0, 0, now)
         arrival = self.fates["submitted"]
-        group = Group(request, now, n, n, request.sampling.needs_history)
+        most_tokens = min(len(request.prompt) + request.max_new_tokens, self._most_tokens)
+        group = Group(request, now, most_tokens, n, n, request.sampling.needs_history)
         for index in range(n):
             id, key = SequenceId(request.id, index), (rank, arrival, index)
             kept = KeptKV(self.memory, request.cache_scope)

@@ -65,7 +65,6 @@ class Scheduler:
         self._flights: deque[Flight] = deque()
         self._pending: list[Update] = []
         self._next_step = 0
-        self._most_tokens = min(config.context_tokens, config.num_blocks * config.block_tokens + 1)
 
     @property
     def num_waiting(self) -> int:
@@ -277,11 +276,9 @@ class Scheduler:
         self, sequence: Sequence, tokens: tuple[Token, ...]
     ) -> tuple[int, Finished | None]:
         """How many of these drawn tokens belong to a sequence, and how the last of them ends it."""
-        request, known = sequence.group.request, len(sequence.tokens)
-        new_tokens = known - len(request.prompt)
-        left = min(request.max_new_tokens - new_tokens, self._most_tokens - known)
+        request, left = sequence.group.request, sequence.num_left
         if not request.stop_tokens.isdisjoint(tokens):
-            least = request.min_new_tokens - new_tokens
+            least = request.min_new_tokens - sequence.num_new_tokens
             for count, token in enumerate(tokens[:left], 1):
                 if token in request.stop_tokens and count >= least:
                     return count, Finished("stop")

@@ -36,13 +36,15 @@ class State(enum.Enum):
 class Group:
     """A request and what its sequences share.
 
-    arrived_ns: when it was submitted. live: sequences not ended. unborn: those of them in state
-    UNBORN. charged: its prompt was charged to the tenant. scored: log-probabilities of prompt[1:],
-    as far as committed; scored_planned counts those in flight too.
+    arrived_ns: when it was submitted. most_tokens: of prompt and output that one sequence may have.
+    live: sequences not ended. unborn: those of them in state UNBORN. charged: its prompt was
+    charged to the tenant. scored: log-probabilities of prompt[1:], as far as committed;
+    scored_planned counts those in flight too.
     """
 
     request: Request
     arrived_ns: int
+    most_tokens: int
     live: int
     unborn: int
     needs_history: bool
@@ -82,6 +84,11 @@ class Sequence:
     def num_new_tokens(self) -> int:
         """Known tokens that are not of the prompt."""
         return len(self.tokens) - len(self.group.request.prompt)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be drawn behind the known ones; at least 1 while it lives."""
+        return self.group.most_tokens - len(self.tokens)
 
     @property
     def gap(self) -> int:
