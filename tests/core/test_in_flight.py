@@ -173,31 +173,6 @@ def test_losing_the_later_step_keeps_the_earlier() -> None:
     driver.drain()
 
 
-def test_losses_are_counted_until_a_row_is_answered() -> None:
-    driver = build_driver(step_tokens=4)
-    driver.submit(build_request("a", 12))
-    for losses in (1, 2):
-        plan(driver)
-        driver.lose(0, [0])
-        assert driver.scheduler.get_losses("a") == losses
-    plan(driver)
-    driver.commit()
-    assert driver.scheduler.get_losses("a") == 0
-    assert driver.scheduler.get_losses("unknown") == 0
-    driver.drain()
-
-
-def test_rows_lost_with_an_earlier_step_are_not_blamed() -> None:
-    driver = build_driver(step_tokens=4)
-    driver.submit(build_request("a", 4))
-    driver.submit(build_request("b", 4))
-    plan(driver)
-    plan(driver)
-    driver.lose(0, [0, 0])
-    assert [driver.scheduler.get_losses(name) for name in "ab"] == [1, 0]
-    driver.drain()
-
-
 def test_scores_of_a_lost_step_are_asked_for_again() -> None:
     driver = build_driver(step_tokens=4)
     driver.submit(build_request("a", 10, prompt_logprobs=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -75,11 +75,12 @@ class Bench:
         executor: FakeExecutor | None = None,
         policy: LoopPolicy = PLAIN,
         stop_at: int = -1,
+        **sizes: int,
     ) -> None:
         self.executor = executor or FakeExecutor()
         self.clock = ManualClock()
         self.recorder = Recorder(stop_at)
-        self.scheduler = Scheduler(make_config(self.executor))
+        self.scheduler = Scheduler(make_config(self.executor, **sizes))
         self.loop = EngineLoop(self.scheduler, self.executor, self.clock, self.recorder, policy)
 
     def submit(self, id: str, tokens: int = 5, n: int = 1) -> None:
@@ -275,6 +276,40 @@ def test_a_request_that_kills_every_executor_fails_and_no_other() -> None:
     bench.submit("b")
     bench.run()
     assert bench.recorder.endings[SequenceId("b", 0)] == Finished("length")
+
+
+def test_losses_are_counted_until_a_row_is_committed() -> None:
+    executors = [FakeExecutor()]
+    executors += [FakeExecutor(pool=executors[0].pool) for _ in range(2 * MAX_LOSSES)]
+    for place, executor in enumerate(executors):
+        # Every other one commits a row before it dies; only the last lives on.
+        behaviours = [executor.answer_lost] * (place < 2 * MAX_LOSSES)
+        behaviours += [executor.answer_now] * (99 if place == 2 * MAX_LOSSES else 0)
+        if place % 2:
+            behaviours.insert(0, executor.answer_now)
+        executor.behave = lambda plan, on_done, left=behaviours: left.pop(0)(plan, on_done)
+    bench = Bench(executors[0], replace_with(executors[1:]))
+    bench.submit("a", tokens=30)
+    bench.run()
+    assert len(bench.recorder.losses) == 2 * MAX_LOSSES
+    assert bench.recorder.endings[SequenceId("a", 0)] == Finished("length")
+
+
+def test_rows_lost_with_an_earlier_step_are_not_blamed() -> None:
+    executors = [FakeExecutor()]
+    executors += [FakeExecutor(pool=executors[0].pool) for _ in range(MAX_LOSSES)]
+    for executor in executors:
+        executor.behave = executor.answer_held
+    bench = Bench(executors[0], replace(replace_with(executors[1:]), max_in_flight=2), max_rows=1)
+    bench.submit("poison")
+    bench.submit("b")
+    for executor in executors[:MAX_LOSSES]:
+        bench.run()
+        assert [plan.rows[0].sequence.request for plan in executor.plans] == ["poison", "b"]
+        executor.release_with(ExecutorLost("it died"))
+    bench.run()
+    assert [one.request for one in bench.recorder.endings] == ["poison"]
+    assert isinstance(bench.recorder.endings[SequenceId("poison", 0)], Failed)
 
 
 def test_a_failed_replacement_fails_every_live_request() -> None:

@@ -96,11 +96,6 @@ class Scheduler:
         """Requests by fate, that of the last sequence to end; all but "submitted" add up to it."""
         return {**self._roster.fates, "live": len(self._roster.groups)}
 
-    def get_losses(self, id: str) -> int:
-        """Most losses of a sequence of `id` since its last committed row; 0 for an unknown id."""
-        group = self._roster.groups.get(id)
-        return max(sequence.losses for sequence in group.sequences) if group else 0
-
     def submit(self, request: Request, now: int) -> Accepted | Rejected:
         """Queue `request`, or say why it can never be served."""
         roster = self._roster
@@ -181,7 +176,6 @@ class Scheduler:
             flight = self._flights.pop()
             for placement in reversed(flight.placements):
                 self._undo(placement)
-                placement.sequence.losses += flight is lost
             for sequence in flight.moved_out:  # whether its KV arrived, nobody knows
                 sequence.kept.forget_host()
         updates, self._pending = self._pending, []
@@ -237,7 +231,6 @@ class Scheduler:
             self.num_ignored_results += 1
             self._roster.free_if_settled(sequence)
             return
-        sequence.losses = 0
         accepted = result.accepted_drafts
         sequence.computed = row.start + len(row.tokens) - row.drafts + accepted + made - 1
         if row.sampling is not None and sequence.planned > sequence.computed:

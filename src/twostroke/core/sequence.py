@@ -64,8 +64,7 @@ class Group:
 class Sequence:
     """One continuation; `key` orders it among all others, smaller first.
 
-    rows_in_flight: rows in steps neither committed nor lost. losses: lost steps since the last
-    committed one.
+    rows_in_flight: rows in steps neither committed nor lost.
     """
 
     id: SequenceId
@@ -78,7 +77,6 @@ class Sequence:
     computed: int = 0
     planned: int = 0
     rows_in_flight: int = 0
-    losses: int = 0
 
     @property
     def num_new_tokens(self) -> int:

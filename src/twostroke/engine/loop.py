@@ -10,7 +10,7 @@ executor does.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +129,7 @@ class EngineLoop:
         self._idle_until_ns: int | None = None  # when the pace lets a waiting batch begin
         self.parts = PartTimes(clock.now_ns())
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
+        self._losses: Counter[str] = Counter()  # executors lost since its last committed row
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
         self.refused_answers = 0
@@ -263,6 +264,8 @@ class EngineLoop:
                 return
             self._in_flight.popleft()
             self._last_progress_ns = now_ns
+            for row in flight.plan.rows if self._losses else ():
+                self._losses.pop(row.sequence.request, None)
             self._listener.step_committed(flight.plan, outcome)
             self._tell(updates)
 
@@ -278,6 +281,7 @@ class EngineLoop:
     def _count_ended(self, request_id: str) -> None:
         if self._live[request_id] == 1:
             del self._live[request_id]
+            self._losses.pop(request_id, None)
         else:
             self._live[request_id] -= 1
 
@@ -320,7 +324,8 @@ class EngineLoop:
             self._give_up(f"the executor was lost: {lost}")
             return
         for request_id in dict.fromkeys(row.sequence.request for row in suspect.rows):
-            if self._scheduler.get_losses(request_id) >= MAX_LOSSES:
+            self._losses[request_id] += request_id in self._live
+            if self._losses[request_id] >= MAX_LOSSES:
                 reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
                 self.cancel(request_id, ending=Failed(reason))
         try:
