@@ -21,6 +21,7 @@ from twostroke.spec.request import Request as Request
 from twostroke.spec.request import SamplingSpec as SamplingSpec
 from twostroke.spec.request import SequenceId as SequenceId
 from twostroke.spec.request import Token as Token
+from twostroke.spec.request import TokenLogprob as TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens computed by the step."""
         return sum(len(row.tokens) for row in self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probability (natural log) of `token`, with the most likely alternatives, best first."""
-
-    token: Token
-    logprob: float
-    top: tuple[tuple[Token, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is asked of an engine: a request, how its tokens are drawn, and how it may end.
+"""What is asked of an engine: a request, how its tokens are drawn and told, and how it may end.
 
 All is frozen data, complete in itself: replayed anywhere it asks for the same tokens. Token ids are
 ints, times integer nanoseconds.
@@ -18,6 +18,15 @@ class SequenceId:
 
     request: str
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (natural log) of `token`, with the most likely alternatives, best first."""
+
+    token: Token
+    logprob: float
+    top: tuple[tuple[Token, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
