@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-Tensor = torch.Tensor
+from torch import Tensor as Tensor
 
 # Tokens of a KV block: one tile of keys, so that a tile is one contiguous piece of memory.
 BLOCK_TOKENS = 64
