@@ -81,7 +81,7 @@ def test_a_copy_without_a_free_block_preempts_a_sibling_and_still_ends() -> None
     driver = build_driver(num_blocks=4, block_tokens=4)
     driver.submit(build_request("a", 14, 2, n=4))
     driver.drain()
-    assert driver.scheduler.num_preemptions > 0
+    assert driver.scheduler.memory.num_preemptions > 0
     assert driver.scheduler.counts["finished"] == 1
 
 
@@ -93,7 +93,7 @@ def test_a_preempted_sibling_recomputes_by_itself() -> None:
         rows += plan(driver).rows
         driver.commit()
     again = [row for row in rows if row.sequence.index == 1 and row.start == 0]
-    assert driver.scheduler.num_preemptions > 0
+    assert driver.scheduler.memory.num_preemptions > 0
     assert again, "the second continuation starts from position 0"
 
 

@@ -29,7 +29,7 @@ def test_random_runs_hold_every_invariant_and_end() -> None:
             on_failure.callback(print, f"failing seed: {seed}")
             driver = run_random(seed)
             on_failure.pop_all()
-        preemptions += driver.scheduler.num_preemptions
+        preemptions += driver.scheduler.memory.num_preemptions
         ignored += driver.scheduler.num_ignored_results
         copies += sum(len(plan.copies) for plan in driver.plans)
     # The runs are worth something only if they go through what is hard.

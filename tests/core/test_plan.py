@@ -114,7 +114,7 @@ def test_a_newcomer_leaves_prompts_under_way_the_blocks_they_will_need() -> None
     driver.submit(build_request("soon", 4, priority=-1))
     assert step(driver) == [("long", 8)]
     driver.drain()
-    assert driver.scheduler.num_preemptions == 0
+    assert driver.scheduler.memory.num_preemptions == 0
 
 
 def test_a_newcomer_leaves_a_block_to_each_continuation_yet_to_be_forked() -> None:
@@ -125,7 +125,7 @@ def test_a_newcomer_leaves_a_block_to_each_continuation_yet_to_be_forked() -> No
     assert step(driver) == [("forking", 6)]
     assert len(step(driver)) == 4
     driver.drain()
-    assert driver.scheduler.num_preemptions == 0
+    assert driver.scheduler.memory.num_preemptions == 0
 
 
 def test_cancelled_waiters_leave_the_order_of_the_others() -> None:

@@ -12,7 +12,7 @@ def run_until_preempted(driver: Driver) -> tuple[StepPlan, tuple[object, ...]]:
         made = driver.plan()
         assert isinstance(made, StepPlan)
         updates = driver.commit()
-        if driver.scheduler.num_preemptions:
+        if driver.scheduler.memory.num_preemptions:
             return made, updates
 
 
@@ -72,7 +72,7 @@ def test_a_preempted_sequence_recomputes_all_it_knows_and_draws_the_same() -> No
 def test_a_preempted_sequence_does_not_come_back_to_be_preempted_again() -> None:
     driver = crowd({f"r{number}": 6 for number in range(12)}, num_blocks=16, block_tokens=4)
     driver.drain()
-    assert driver.scheduler.num_preemptions <= 6
+    assert driver.scheduler.memory.num_preemptions <= 6
 
 
 def test_a_sequence_with_a_row_in_flight_is_never_preempted() -> None:
@@ -82,10 +82,10 @@ def test_a_sequence_with_a_row_in_flight_is_never_preempted() -> None:
     driver.reserve("a", 10)
     driver.attach("a")
     waits = 0
-    while not driver.scheduler.num_preemptions:
+    while not driver.scheduler.memory.num_preemptions:
         in_flight = [row.sequence.request for step in driver.flights for row in step.plan.rows]
         made = driver.plan()
-        if driver.scheduler.num_preemptions:
+        if driver.scheduler.memory.num_preemptions:
             assert "b" not in in_flight
         if isinstance(made, StepPlan) and len(driver.flights) < 2:
             continue
@@ -118,9 +118,9 @@ def test_one_sequence_may_use_the_whole_pool() -> None:
 def test_a_preemption_is_reported_by_whichever_answer_comes_next() -> None:
     for answer in ("commit", "cancel", "lose"):
         driver = crowd({"a": 4, "b": 4, "c": 4}, num_blocks=7, block_tokens=4)
-        while not driver.scheduler.num_preemptions:
+        while not driver.scheduler.memory.num_preemptions:
             driver.plan()
-            if not driver.scheduler.num_preemptions:
+            if not driver.scheduler.memory.num_preemptions:
                 driver.commit()
         calls = {
             "commit": driver.commit,

@@ -53,7 +53,9 @@ def test_a_stride_computes_what_single_steps_would(seed: int) -> None:
         for request in requests:
             driver.submit(request)
         steps, longest = run(driver, iterations)
-        runs.append((steps, driver.scheduler.num_preemptions, driver.scheduler.num_free_blocks))
+        runs.append(
+            (steps, driver.scheduler.memory.num_preemptions, driver.scheduler.num_free_blocks)
+        )
         assert longest == 1 or iterations > 1
     assert runs[0] == runs[1]
 

@@ -126,9 +126,9 @@ def test_nothing_is_said_of_a_request_after_its_release() -> None:
     driver = build_driver(num_blocks=4, block_tokens=4)
     driver.submit(build_request("a", 4, 12))
     driver.submit(build_request("b", 3, 12))
-    while not driver.scheduler.num_preemptions:
+    while not driver.scheduler.memory.num_preemptions:
         driver.plan()
-        if not driver.scheduler.num_preemptions:
+        if not driver.scheduler.memory.num_preemptions:
             driver.commit()
     driver.release("b")
     assert all(update.sequence.request == "a" for update in driver.commit())

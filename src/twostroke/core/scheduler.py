@@ -82,11 +82,6 @@ class Scheduler:
         return self.memory.allocator.num_free
 
     @property
-    def num_preemptions(self) -> int:
-        """Times a running sequence lost its blocks."""
-        return self.memory.num_preemptions
-
-    @property
     def num_held_tokens(self) -> int:
         """Tokens of running sequences with KV in the pool; shared ones count for each."""
         return sum(sequence.computed for sequence in self._roster.running)

@@ -132,7 +132,7 @@ class _EngineWork:
                 waiting=scheduler.num_waiting,
                 kv_blocks_used=total - scheduler.num_free_blocks,
                 kv_blocks_total=total,
-                preemptions=scheduler.num_preemptions,
+                preemptions=scheduler.memory.num_preemptions,
             ),
             self._loop.parts.get_totals(),
         )
