@@ -10,13 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from twostroke.core.sequence import Sequence
-from twostroke.core.types import (
-    BlockId,
-    Row,
-    RowResult,
-    StepOutcome,
-    StepPlan,
-)
+from twostroke.core.types import BlockId, Row, RowResult, StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost
 
 
