@@ -7,16 +7,16 @@ rung of a ladder of batch sizes, whose launches were captured; all others are la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from twostroke.exec.cuda_device import Device, Event, Run
+from twostroke.exec.cuda_record import make_ropes, record
 from twostroke.exec.cuda_staging import (
     StagedView,
     StepCounts,
@@ -26,17 +26,13 @@ from twostroke.exec.cuda_staging import (
     view,
 )
 from twostroke.kernels.cuda import attention, rows
-from twostroke.kernels.cuda.calls import DeviceRope
 from twostroke.kernels.cuda.launch import FEW_ROWS, Collectives, Launches
 from twostroke.kernels.cuda.pool import KvPool
 from twostroke.kernels.cuda.program import Memory, Program, lay_out
-from twostroke.kernels.cuda.recorder import Recorder, Recording
 from twostroke.kernels.cuda.rope import HeadShape
 from twostroke.kernels.cuda.types import BLOCK_TOKENS, MatrixPart, QuantMatrix, Tensor, Weights
 from twostroke.kernels.ops import I32, StepArrays
-from twostroke.models.decoder import run_head, run_layers
-from twostroke.models.rope import get_frequencies
-from twostroke.spec.model import ModelSpec, RopeSpec
+from twostroke.spec.model import ModelSpec
 
 # Tables are this many blocks wide or a multiple, so that few widths are ever compiled for.
 TABLE_STEP = 16
@@ -110,7 +106,12 @@ class CudaRunner:
         self._device = device
         self._exact = model.exact
         spec, name = model.spec, device.name
-        recording = record(spec, model.weights, make_ropes(model, limits, name), model.world)
+        recording = record(
+            spec,
+            model.weights,
+            make_ropes(spec, model.weights, limits.context_tokens, name),
+            model.world,
+        )
         many = lay_out(recording, few_rows=False)
         layouts = [many] if model.exact else [lay_out(recording, few_rows=True), many]
         most = (limits.tokens, limits.logit_rows)
@@ -230,33 +231,6 @@ class CudaRunner:
         if slot.left is not None:
             slot.left.wait()
         return slot
-
-
-def record(
-    spec: ModelSpec, weights: Weights, ropes: Mapping[RopeSpec, DeviceRope], world: int
-) -> Recording:
-    """The forward pass of `spec` as calls."""
-    recorder = Recorder(world)
-    ops, no_step = recorder.make_ops(), None
-    tables: Any = ropes
-    step: Any = no_step  # a recorded pass takes its step when it is bound
-    hidden = run_layers(spec, ops, weights, tables, step)
-    recorder.start_head(hidden)
-    run_head(spec, ops, weights, step, hidden)
-    return recorder.recording
-
-
-def make_ropes(model: DeviceModel, limits: RunnerLimits, device: str) -> dict[RopeSpec, DeviceRope]:
-    """cos and sin of every position, one table a rope; computed in float64, rounded once."""
-    spec, stored = model.spec, model.weights.get("rope_factors")
-    factors = stored.double().cpu().numpy() if isinstance(stored, Tensor) else None
-    positions = torch.arange(limits.context_tokens, dtype=torch.float64, device=device)
-    tables = {}
-    for rope in {layer.rope: None for layer in spec.layers}:
-        frequencies = torch.from_numpy(get_frequencies(rope, spec.head_dim, factors)).to(device)
-        angles = positions[:, None] * frequencies
-        tables[rope] = DeviceRope(angles.cos().float(), angles.sin().float())
-    return tables
 
 
 def make_dequantised(weights: Weights, dtype: torch.dtype, device: str) -> Tensor | None:
