@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kernels_support import random_matrix_bytes
 from twostroke.core.ports import StepAnswer
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
@@ -33,6 +32,7 @@ from twostroke.spec.model import (
 )
 from twostroke.spec.quant import Format
 from twostroke.weights.tensor import HostTensor
+from weight_bytes import random_matrix_bytes
 
 VOCAB = 211
 
@@ -137,7 +137,7 @@ def run_requests(
             assert isinstance(outcome, StepOutcome), outcome
             run.steps += 1
             run.largest_step = max(run.largest_step, plan.num_tokens)
-            _note(run, scheduler.commit(outcome, run.steps))
+            note(run, scheduler.commit(outcome, run.steps))
         assert plan.waiting == 0
         assert plan.in_flight == 0
     finally:
@@ -145,7 +145,8 @@ def run_requests(
     return run
 
 
-def _note(run: Run, updates: Iterable[object]) -> None:
+def note(run: Run, updates: Iterable[object]) -> None:
+    """Adds what a commit reported to a run."""
     for update in updates:
         if isinstance(update, Preempted):
             run.preemptions += 1

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kernels_support import ISAS, pack, plain_step, random_matrix_bytes, run_native
+from kernels_support import ISAS, pack, plain_step, run_native
 from twostroke.kernels.cpu.recorder import Slot
 from twostroke.kernels.cpu.weights import Vector
 from twostroke.kernels.ops import OpTable
 from twostroke.kernels.reference.dequant import dequantise
 from twostroke.spec.quant import Format
+from weight_bytes import random_matrix_bytes
 
 SHAPE = (72, 512)  # outputs no multiple of 16, two superblocks of inputs
 

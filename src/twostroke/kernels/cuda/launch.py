@@ -121,10 +121,12 @@ class Launches:
     def _bind_attention(self, call: Attend | RopeWrite, at: Views, step: StepTensors) -> Launch:
         kv = self.kv[call.layer]
         if isinstance(call, RopeWrite):
-            norms = rope.HeadNorms(call.q_norm, call.k_norm, call.eps)
-            table = rope.Table(call.table.cos, call.table.sin)
+            table = call.table
+            heads = rope.HeadRope(
+                self.shape, table.cos, table.sin, call.q_norm, call.k_norm, call.eps
+            )
             qkv = _join_columns(*(at[value] for value in call.qkv))
-            return partial(rope.rope_write, qkv, step, kv, table, self.shape, norms)
+            return partial(rope.rope_write, at[call.out], qkv, step, kv, heads)
         q = at[call.q].unflatten(1, (self.shape.heads, self.shape.head_dim))
         look = attention.Look(call.scale, call.window, self.exact)
         return partial(attention.attend, at[call.out], q, kv, step, look, self.attention_scratch)
