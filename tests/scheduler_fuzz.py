@@ -36,6 +36,7 @@ def draw_config(rng: random.Random) -> SchedulerConfig:
         watermark_blocks=rng.choice([0, 0, 1, 4]),
         reserve_tokens=reserve_tokens,
         cache_seed="" if reserve_tokens else rng.choice(["", "model"]),
+        plans_ahead=rng.random() < 0.6,
     )
 
 
@@ -102,7 +103,7 @@ def draw_policies(rng: random.Random, config: SchedulerConfig) -> Policies:
         order=rng.choice([PriorityThenArrival, FewestLeft])(),
         accounts=rng.choice([None, FakeAccounts()]),
         pace=rng.choice([None, FakePace()]),
-        drafter=rng.choice([None, RandomDrafter(config)]),
+        drafter=rng.choice([None, None, RandomDrafter(config)]),
         prefers_swap=lambda tokens, blocks: tokens % 3 > 0,
     )
 
@@ -158,6 +159,8 @@ class RandomRun:
             self._cancel()
         elif choice < 0.52:
             driver.plan(rng.choice([1, 1, 2, 7, 100]))
+            if driver.config.plans_ahead:
+                driver.plan()
             if rng.random() < 0.3:
                 driver.run_ahead()
         elif choice < 0.90:

@@ -18,6 +18,7 @@ from typing import Any
 from twostroke.core.policy import Policies
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
+    PENDING,
     Accepted,
     BlockId,
     Cancelled,
@@ -111,6 +112,8 @@ class FakeExecutor:
         self.config = config
         self.cells = [[GARBAGE] * config.block_tokens for _ in range(config.num_blocks)]
         self.host = [[GARBAGE] * config.block_tokens for _ in range(config.host_blocks)]
+        self.last_step = -1
+        self.last_drawn: dict[SequenceId, Token] = {}  # by that step, and no other
 
     def write(self, blocks: Sequence[BlockId], start: int, chain: Sequence[int]) -> None:
         """Put chain numbers at positions from `start` on."""
@@ -128,7 +131,7 @@ class FakeExecutor:
         for copy in plan.copies:
             self.cells[copy.target] = list(self.cells[copy.source])
         rows = list(zip(plan.rows, step.told, strict=True))
-        chains = [told.chain[: row.start + len(row.tokens) - row.drafts] for row, told in rows]
+        chains = [self._get_chain(plan.step, row, told) for row, told in rows]
         for (row, _), chain in zip(rows, chains, strict=True):
             extend_chain(chain, row.tokens[len(row.tokens) - row.drafts :])
             self.write(row.blocks, row.start, chain[row.start :])
@@ -146,6 +149,8 @@ class FakeExecutor:
                 results[place] = replace(
                     last, tokens=last.tokens + more.tokens, logprobs=last.logprobs + more.logprobs
                 )
+        self.last_step = plan.step
+        self.last_drawn = {one.sequence: one.tokens[-1] for one in results if one.tokens}
         times = (1000,) * made if plan.iterations > 1 else ()
         step.outcome = StepOutcome(plan.step, tuple(results), 1000 * made, times)
         return step.outcome
@@ -164,6 +169,16 @@ class FakeExecutor:
             tokens = len(row.tokens) + step.plan.iterations - 1
             self.write(row.blocks, row.start, [GARBAGE] * tokens)
 
+    def _get_chain(self, step: int, row: Row, told: Told) -> list[int]:
+        """The chain of a row's tokens but the drafts; one pending is taken from the step before."""
+        if row.tokens != (PENDING,):
+            return told.chain[: row.start + len(row.tokens) - row.drafts]
+        assert self.last_step == step - 1, f"{row.sequence}: its token is not of the step before"
+        chain = told.chain[: row.start]
+        assert len(chain) == row.start, f"{row.sequence}: two tokens ahead"
+        extend_chain(chain, [self.last_drawn[row.sequence]])
+        return chain
+
     def _answer(self, row: Row, told: Told, chain: list[int]) -> RowResult:
         """What a row draws, whose tokens so far are those of `chain`."""
         end, block_tokens = len(chain), self.config.block_tokens
@@ -171,7 +186,7 @@ class FakeExecutor:
         assert len(row.blocks) * block_tokens >= end, f"{row.sequence}: too few blocks"
         assert seen == chain, f"{row.sequence}: its blocks do not hold its tokens"
         scored = tuple(
-            TokenLogprob(token, score(told.chain[position]))
+            TokenLogprob(token, score(chain[position]))
             for position, token in enumerate(row.scored, row.start)
         )
         if row.sampling is None:
@@ -338,9 +353,10 @@ class Driver:
                 self.attach(id)
             if not self.get_live() and not self.flights:
                 break
-            if isinstance(self.plan(), Idle):
-                assert self.flights, "idle with live requests and nothing in flight"
-            while self.flights:
+            is_idle = isinstance(self.plan(), Idle)
+            assert self.flights, "idle with live requests and nothing in flight"
+            kept = 1 if self.config.plans_ahead and not is_idle else 0
+            while len(self.flights) > kept:
                 self.commit()
         assert not self.get_live(), f"never ended: {self.get_live()}"
         assert self.scheduler.num_free_blocks == self.config.num_blocks, "blocks leaked"
@@ -378,6 +394,9 @@ class Driver:
             request = told.request
             assert told.ending is None, f"{row.sequence}: planned after its end"
             end -= row.drafts
+            if row.tokens == (PENDING,):
+                self._check_ahead(row, told)
+                continue
             assert list(row.tokens[: end - row.start]) == told.tokens[row.start : end]
             samples = end == len(told.tokens)
             assert samples or not row.drafts
@@ -388,6 +407,23 @@ class Driver:
             if row.scored:
                 assert request.prompt_logprobs == row.scored_top
                 assert row.scored == request.prompt[row.start + 1 : end + 1]
+
+    def _check_ahead(self, row: Row, told: Told) -> None:
+        """A row whose token is drawn in the step before, and cannot be the last."""
+        request = told.request
+        before, plan = self.flights[-2].plan, self.flights[-1].plan
+        assert self.config.plans_ahead
+        assert before.step == plan.step - 1
+        assert before.iterations == plan.iterations == 1
+        (drawn,) = (one for one in before.rows if one.sequence == row.sequence)
+        assert drawn.sampling is not None
+        assert not drawn.drafts
+        assert row.start == drawn.start + len(drawn.tokens) == len(told.tokens)
+        assert row == Row(row.sequence, (PENDING,), row.start, row.blocks, request.sampling)
+        assert not request.sampling.needs_history
+        assert row.start + 1 < len(request.prompt) + request.max_new_tokens
+        assert row.start + 1 < self.config.context_tokens
+        assert row.start < self.config.num_blocks * self.config.block_tokens
 
     def _hear(self, updates: tuple[Update, ...]) -> None:
         for update in updates:

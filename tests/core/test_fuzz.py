@@ -32,6 +32,7 @@ configs = st.builds(
     host_blocks=st.sampled_from([0, 3, 9]),
     watermark_blocks=st.sampled_from([0, 2]),
     cache_seed=st.sampled_from(["", "model"]),
+    plans_ahead=st.booleans(),
 )
 choices = st.builds(
     Policies,
@@ -94,10 +95,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.driver.flights:
             self.driver.commit()
 
-    @rule(steps=st.integers(1, 6))
-    def advance(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 6), kept=st.sampled_from([0, 0, 1]))
+    def advance(self, steps: int, kept: int) -> None:
         for _ in range(steps):
-            if not isinstance(self.driver.plan(), Idle) or self.driver.flights:
+            if isinstance(self.driver.plan(), Idle):
+                kept = 0
+            while len(self.driver.flights) > kept:
                 self.driver.commit()
 
     @rule(place=st.integers(0, 1), damages=st.tuples(st.integers(0, 2), st.integers(0, 2)))

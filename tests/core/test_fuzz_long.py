@@ -13,6 +13,7 @@ from contextlib import ExitStack
 import pytest
 
 from scheduler_fuzz import run_random
+from twostroke.core.types import PENDING
 from twostroke.kv.blocks import BlockAllocator, BlockTable
 
 NUM_RUNS = 2500
@@ -23,7 +24,7 @@ SEED = 20
 
 @pytest.mark.slow
 def test_random_runs_hold_every_invariant_and_end() -> None:
-    preemptions = copies = ignored = 0
+    preemptions = copies = ignored = ahead = 0
     for seed in range(NUM_RUNS):
         with ExitStack() as on_failure:
             on_failure.callback(print, f"failing seed: {seed}")
@@ -32,10 +33,12 @@ def test_random_runs_hold_every_invariant_and_end() -> None:
         preemptions += driver.scheduler.memory.num_preemptions
         ignored += driver.scheduler.num_ignored_results
         copies += sum(len(plan.copies) for plan in driver.plans)
+        ahead += sum(row.tokens == (PENDING,) for plan in driver.plans for row in plan.rows)
     # The runs are worth something only if they go through what is hard.
     assert preemptions > NUM_RUNS
     assert copies > NUM_RUNS
     assert ignored > NUM_RUNS // 2
+    assert ahead > 4 * NUM_RUNS
 
 
 def take_random(rng: random.Random, held: list[int]) -> int:

@@ -10,8 +10,9 @@ policy order.
   still need for theirs, one spare block for each of these and itself, and the watermark. So
   admitted prompts do not collide half-way, and who was preempted does not return only to be again.
 - A running sequence that gets no block preempts the last running one behind it that has no row in
-  flight; if there is none it keeps its blocks and sits this step out. The first in policy order is
-  therefore never preempted and always proceeds, so everything ends.
+  flight; if there is none it keeps its blocks and sits this step out, and nobody runs ahead, or
+  those behind might have a row in flight for ever. The first in policy order is therefore never
+  preempted and always proceeds, so everything ends.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from twostroke.core.types import (
 
 
 class StepBuilder:
-    """Fills one step at time `now`.
+    """Fills one step at time `now`; `ahead` allows rows whose token the step before draws.
 
     preempted: what is to be reported. wake_ns: when the pace lets more in; 0 for no such time.
     """
 
     def __init__(
-        self, config: SchedulerConfig, policies: Policies, roster: Roster, now: int
+        self, config: SchedulerConfig, policies: Policies, roster: Roster, now: int, ahead: bool
     ) -> None:
         self.preempted: list[Update] = []
         self.wake_ns = 0
@@ -48,6 +49,7 @@ class StepBuilder:
         self._roster = roster
         self._now = now
         self._drafts = policies.drafter is not None
+        self._ahead = ahead and not self._drafts  # what is to be verified must be known
         self._tokens_left = config.step_tokens
         self._iterations = 1
         self._room: Room | None = None
@@ -76,8 +78,12 @@ class StepBuilder:
         ):
             return
         self._slack = None
+        ahead = [one for one in running if one.can_run_ahead] if self._ahead else []
         for sequence in decodes:
             self._place(sequence, 1)
+        for sequence in ahead:
+            if self._ahead:
+                self._place(sequence, 1)
         for sequence in running if len(decodes) < len(running) else ():
             if sequence.gap > 1:
                 self._admit(before=sequence.key)
@@ -133,12 +139,13 @@ class StepBuilder:
         if limit < 1 or not self._has_room() or sequence.state is not State.RUNNING:
             return
         start, table, source = sequence.planned, sequence.table, None
-        is_decode, place = sequence.gap == 1, start // self._config.block_tokens
+        is_decode, place = sequence.gap <= 1, start // self._config.block_tokens
         arrives = sequence.kept.host != () and start == sequence.kept.hosted
         if is_decode and place < len(table) and not table.is_shared(place) and not self._drafts:
             self._add(Placement(sequence, sequence.build_row(1), 0, None, arrives), start + 1)
             return
-        count = self._make_room(sequence, sequence.get_chunk(min(limit, self._tokens_left)))
+        wanted = 1 if is_decode else sequence.get_chunk(min(limit, self._tokens_left))
+        count = self._make_room(sequence, wanted)
         if count == 0:
             return
         if table.is_shared(place):
@@ -213,6 +220,7 @@ class StepBuilder:
                 return min(count, (len(table) + spare) * block_tokens - start)
             victim = self._try_take_victim(sequence)
             if victim is None:
+                self._ahead = False
                 return 0
             moves = roster.preempt(victim)
             if moves:

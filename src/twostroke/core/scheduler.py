@@ -131,7 +131,9 @@ class Scheduler:
         """
         if len(self._flights) >= MAX_IN_FLIGHT:
             return Idle(self.num_waiting, len(self._flights))
-        builder = StepBuilder(self.config, self._policies, self._roster, now)
+        follows = bool(self._flights) and self._flights[-1].plan.step == self._next_step - 1
+        ahead = self.config.plans_ahead and follows
+        builder = StepBuilder(self.config, self._policies, self._roster, now, ahead)
         builder.fill(iterations)
         self._pending += builder.preempted
         flight = builder.build(self._next_step)
@@ -228,7 +230,8 @@ class Scheduler:
             return
         accepted = result.accepted_drafts
         sequence.computed = row.start + len(row.tokens) - row.drafts + accepted + made - 1
-        if row.sampling is not None and sequence.planned > sequence.computed:
+        ends = row.sampling is not None and not sequence.rows_in_flight  # nothing stands on it
+        if ends and sequence.planned > sequence.computed:
             sequence.planned, table = sequence.computed, sequence.table
             table.shrink(len(table) - self.memory.get_num_blocks(sequence.planned))
         if row.drafts and self._policies.drafter is not None:

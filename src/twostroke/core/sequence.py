@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from twostroke.core.types import Request, Row, SequenceId, Token, TokenLogprob
+from twostroke.core.types import PENDING, Request, Row, SequenceId, Token, TokenLogprob
 from twostroke.kv.blocks import BlockTable
 from twostroke.kv.memory import KeptKV
 
@@ -93,9 +93,16 @@ class Sequence:
         """Tokens that could be planned now.
 
         Before the fork the last prompt token is left out: each continuation computes it as its
-        own row, and so draws from its own logits. A row in flight that samples leaves no gap.
+        own row, and so draws from its own logits. A row in flight that samples leaves no gap;
+        one planned ahead of its token leaves -1.
         """
         return len(self.tokens) - (1 if self.group.unborn else 0) - self.planned
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """True when only a token being drawn is missing for one more row, and is not the last."""
+        group = self.group
+        return self.gap == 0 and self.num_left > 1 and not (group.unborn or group.needs_history)
 
     @property
     def is_scored(self) -> bool:
@@ -114,15 +121,15 @@ class Sequence:
         return count
 
     def build_row(self, count: int, drafts: tuple[Token, ...] = ()) -> Row:
-        """The row of the next `count` tokens and `drafts`; the table must have their blocks."""
+        """The row of the next `count` tokens, or PENDING, and `drafts`; the table has room."""
         group, start, end = self.group, self.planned, self.planned + count
         request = group.request
-        samples = end == len(self.tokens)
+        samples = end >= len(self.tokens)
         shows_history = samples and group.needs_history
         scores = start == group.scored_planned and self.is_scored
         return Row(
             self.id,
-            (*self.tokens[start:end], *drafts),
+            (*(self.tokens[start:end] or (PENDING,)), *drafts),
             start,
             self.table.get_blocks(),
             request.sampling if samples else None,

@@ -23,6 +23,8 @@ from twostroke.spec.request import SequenceId as SequenceId
 from twostroke.spec.request import Token as Token
 from twostroke.spec.request import TokenLogprob as TokenLogprob
 
+PENDING: Token = -1  # in a row's tokens: what its sequence draws in the step before
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -34,6 +36,9 @@ class Row:
     prompt, given only when sampling needs them. `drafts` is the number of trailing `tokens` that
     are drafted and to be verified. `scored` is empty, or the known next token of each of the
     row's positions that has one, whose log-probabilities are wanted with `scored_top` alternatives.
+
+    With `plans_ahead`, `tokens` may be (PENDING,): the one token that the same sequence's row in
+    plan `step` - 1 draws, which has neither drafts nor iterations and may still be running.
     """
 
     sequence: SequenceId
@@ -158,6 +163,8 @@ class SchedulerConfig:
     watermark_blocks: free blocks that newcomers leave to the sequences that run. reserve_tokens:
     room that every sequence takes when it is admitted, whatever it needs; 0 pages on demand.
     cache_seed: names the model in prefix hashes; an empty one turns the prefix cache off.
+    plans_ahead: plan decodes while the tokens before them are drawn, for an executor that passes
+    those on by itself (see PENDING).
     """
 
     num_blocks: int
@@ -170,3 +177,4 @@ class SchedulerConfig:
     watermark_blocks: int = 0
     reserve_tokens: int = 0
     cache_seed: str = ""
+    plans_ahead: bool = False

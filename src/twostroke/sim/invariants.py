@@ -11,7 +11,7 @@ from collections import Counter
 from twostroke.core.scheduler import MAX_IN_FLIGHT, Scheduler
 from twostroke.core.sequence import Sequence, State
 from twostroke.core.steps import Placement
-from twostroke.core.types import BlockId
+from twostroke.core.types import PENDING, BlockId
 
 
 def check(scheduler: Scheduler) -> None:
@@ -20,6 +20,7 @@ def check(scheduler: Scheduler) -> None:
     sequences = _collect_sequences(scheduler, placements)
     _check_lines(scheduler, sequences)
     _check_marks(scheduler, sequences, placements)
+    _check_ahead(scheduler)
     _check_groups(scheduler)
     _check_blocks(scheduler, sequences, placements)
     _check_counts(scheduler)
@@ -61,6 +62,9 @@ def _check_marks(
             assert one.computed < len(one.tokens), f"{name}: nothing left to compute"
             assert one.rows_in_flight or one.computed == one.planned, f"{name}: planned in no step"
             assert one.rows_in_flight or one.gap > 0, f"{name}: runs without a gap"
+            named = one.kept.named * scheduler.config.block_tokens
+            assert named <= one.computed, f"{name}: named what is not computed"
+            assert PENDING not in one.tokens, f"{name}: knows a token that was not drawn"
             num_blocks = scheduler._roster.memory.get_num_blocks(one.planned)
             assert len(one.table) == (num_blocks if one.planned else 0), (
                 f"{name}: more or fewer blocks than its tokens need"
@@ -71,6 +75,31 @@ def _check_marks(
         elif one.state is State.ENDED and not one.rows_in_flight:
             held = scheduler._roster.reserved.get(one.id.request) is one
             assert held or not len(one.table), f"{name}: ended and settled, but holds blocks"
+
+
+def _check_ahead(scheduler: Scheduler) -> None:
+    """Rows ahead of their token: the step just before draws it, and nobody else's."""
+    before = None
+    for flight in scheduler._flights:
+        for place in flight.placements:
+            row, one = place.row, place.sequence
+            if PENDING not in row.tokens:
+                continue
+            assert scheduler.config.plans_ahead, f"{one.id}: ahead, but nobody may be"
+            assert row.tokens == (PENDING,), f"{one.id}: more than one token in a row ahead"
+            assert flight.plan.iterations == 1, f"{one.id}: ahead by a stride"
+            assert row.sampling is not None, f"{one.id}: ahead without drawing"
+            assert not row.history, f"{one.id}: ahead of its history"
+            known = len(one.tokens) - (before is None)
+            assert one.state is State.ENDED or row.start == known, f"{one.id}: ahead by two"
+            if before is not None:
+                assert before.plan.step == flight.plan.step - 1, f"{one.id}: ahead by two steps"
+                assert before.plan.iterations == 1, f"{one.id}: ahead of a stride"
+                drawn = [other.row for other in before.placements if other.sequence is one]
+                ends = [other.start + len(other.tokens) for other in drawn if other.sampling]
+                assert ends == [row.start], f"{one.id}: nobody draws its token"
+                assert not drawn[0].drafts, f"{one.id}: ahead of drafts"
+        before = flight
 
 
 def _check_groups(scheduler: Scheduler) -> None:
