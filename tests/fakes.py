@@ -2,7 +2,8 @@
 
 FakeExecutor keeps real KV: the token of each position, in the blocks a plan names. It draws the
 next token from what the row's block table holds, never from the plan, so a wrong block table, a
-missing copy or a block reused too early changes its output. ManualClock moves when it is told to.
+missing copy or a block reused too early changes its output. A pending token it takes from what it
+drew in the step before, whether that was answered or not. ManualClock moves when it is told to.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from dataclasses import dataclass, replace
 from twostroke.core.ports import Clock, ExecutorInfo, OnDone, StepAnswer
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
+    PENDING,
     BlockId,
     Row,
     RowResult,
     SamplingSpec,
     SchedulerConfig,
+    SequenceId,
     StepOutcome,
     StepPlan,
     TokenLogprob,
@@ -121,6 +124,9 @@ class FakeExecutor:
         self.behave: Callable[[StepPlan, OnDone], None] = self.answer_now
         self.held: deque[HeldStep] = deque()
         self.plans: list[StepPlan] = []
+        self.drawn: dict[SequenceId, int] = {}  # by the step computed last
+        self.drawn_step = -1
+        self.is_dead = False
         self.is_closed = False
         self.is_busy = False  # a thread is computing a step
 
@@ -139,8 +145,8 @@ class FakeExecutor:
         )
 
     def start(self, plan: StepPlan, on_done: OnDone) -> None:
-        if self.is_closed:
-            on_done(ExecutorLost("the executor is closed"))
+        if self.is_closed or self.is_dead:
+            on_done(ExecutorLost("the executor is closed" if self.is_closed else "it is dead"))
             return
         self.plans.append(plan)
         self.behave(plan, on_done)
@@ -181,6 +187,7 @@ class FakeExecutor:
 
     def answer_lost(self, plan: StepPlan, on_done: OnDone) -> None:
         """Die of this step."""
+        self.is_dead = True
         on_done(ExecutorLost("it died"))
 
     def answer_twice(self, plan: StepPlan, on_done: OnDone) -> None:
@@ -208,7 +215,7 @@ class FakeExecutor:
 
     def release(self) -> None:
         """Answer the oldest held step."""
-        self._compute_held()
+        self.compute_held()
         step = self.held.popleft()
         assert step.outcome is not None
         step.on_done(step.outcome)
@@ -219,10 +226,11 @@ class FakeExecutor:
 
     def compute(self, plan: StepPlan) -> StepOutcome:
         """Run a plan over the KV, after those that were started before it."""
-        self._compute_held()
+        self.compute_held()
         return self._compute(plan)
 
-    def _compute_held(self) -> None:
+    def compute_held(self) -> None:
+        """Run what is held, without answering it."""
         for step in self.held:
             if step.outcome is None:
                 step.outcome = self._compute(step.plan)
@@ -231,12 +239,20 @@ class FakeExecutor:
         for copy in plan.copies:
             self.pool[copy.target] = list(self.pool[copy.source])
         for row in plan.rows:
-            for offset, token in enumerate(row.tokens):
+            for offset, token in enumerate(self._resolve(plan.step, row)):
                 block, slot = divmod(row.start + offset, len(self.pool[0]))
                 self.pool[row.blocks[block]][slot] = token
-        return StepOutcome(
-            plan.step, tuple(self._answer_row(row) for row in plan.rows), self.step_ns
-        )
+        results = tuple(self._answer_row(row) for row in plan.rows)
+        self.drawn = {one.sequence: one.tokens[-1] for one in results if one.tokens}
+        self.drawn_step = plan.step
+        return StepOutcome(plan.step, results, self.step_ns)
+
+    def _resolve(self, step: int, row: Row) -> tuple[int, ...]:
+        """The row's tokens, none of them pending."""
+        if row.tokens != (PENDING,):
+            return row.tokens
+        assert self.drawn_step == step - 1, "a token is pending that the step before did not draw"
+        return (self.drawn[row.sequence],)
 
     def _answer_row(self, row: Row) -> RowResult:
         scored = tuple(_score(token, row.scored_top) for token in row.scored)

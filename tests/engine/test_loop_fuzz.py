@@ -17,6 +17,7 @@ from fakes import FakeExecutor, ManualClock, draw_by_hash, make_config
 from twostroke.core.ports import OnDone
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
+    PENDING,
     Accepted,
     Cancelled,
     Ending,
@@ -89,15 +90,18 @@ class Run:
         blocks = self.random.choice([6, 16, 64])
         self.executor = FakeExecutor(num_blocks=blocks)
         self.executor.behave = self.behave
-        self.scheduler = Scheduler(make_config(self.executor, step_tokens=7, max_rows=5))
+        plans_ahead = self.random.random() < 0.6
+        sizes = {"step_tokens": 7, "max_rows": 5, "plans_ahead": plans_ahead}
+        self.scheduler = Scheduler(make_config(self.executor, **sizes))
         policy = LoopPolicy(
-            max_in_flight=self.random.choice([1, 2]),
+            max_in_flight=2 if plans_ahead else self.random.choice([1, 2]),
             replace_executor=self.replace if self.replacements_left else None,
             step_deadline_ns=DEADLINE_NS,
         )
         self.loop = EngineLoop(self.scheduler, self.executor, self.clock, self.ledger, policy)
         self.accepted: dict[str, Request] = {}
         self.outcomes: Counter[str] = Counter()
+        self.num_ahead = 0
 
     def replace(self, lost: ExecutorLost) -> FakeExecutor:
         if not self.replacements_left:
@@ -109,6 +113,7 @@ class Run:
 
     def behave(self, plan: StepPlan, on_done: OnDone) -> None:
         executor, roll = self.executor, self.random.random()
+        self.num_ahead += sum(row.tokens == (PENDING,) for row in plan.rows)
         if roll < self.harm:
             wrong = ["lost", "malformed", "wrong_step", "bad_token", "twice", "held"]
             getattr(executor, f"answer_{self.random.choice(wrong)}")(plan, on_done)
@@ -216,6 +221,7 @@ def test_every_continuation_ends_once_with_the_tokens_it_would_have_alone(seed: 
 
 def test_the_fuzz_reaches_every_kind_of_ending() -> None:
     kinds: Counter[str] = Counter()
+    num_ahead = num_ignored = 0
     for seed in SEEDS[:40]:
         run = Run(seed)
         for _ in range(150):
@@ -223,4 +229,8 @@ def test_the_fuzz_reaches_every_kind_of_ending() -> None:
         run.finish()
         kinds.update(type(ending).__name__ for ending in run.ledger.endings.values())
         kinds.update(run.outcomes)
+        num_ahead += run.num_ahead
+        num_ignored += run.scheduler.num_ignored_results
+    assert num_ahead > 500
+    assert num_ignored > 100
     assert set(kinds) == {"Finished", "Cancelled", "Failed", "Accepted", "Rejected", "closed"}
