@@ -11,6 +11,7 @@ from fakes import ManualClock
 from step_costs import LinearStepCost
 from twostroke.core.ports import ExecutorInfo, StepAnswer
 from twostroke.core.types import (
+    PENDING,
     BlockCopy,
     BlockSwap,
     Row,
@@ -165,6 +166,20 @@ def test_a_second_plan_waits_for_the_first() -> None:
     assert [
         (at_ns, answer.step) for at_ns, answer in bench.answers if isinstance(answer, StepOutcome)
     ] == [(step_ns(4), 1), (2 * step_ns(4), 2)]
+
+
+def test_a_pending_token_is_the_one_the_step_before_drew() -> None:
+    bench = Bench(draw=draw_by_place)
+    rows = [decode("a", 4), decode("b", 4, 7)]
+    bench.start(*rows, step=1)
+    bench.start(*(replace(row, tokens=(PENDING,), start=5) for row in rows[::-1]), step=2)
+    bench.clock.advance(10**6)
+    outcomes = [bench.take_outcome()[1] for _ in range(2)]
+    drawn = [(3 * 5 + 4) % 50, (3 * 7 + 4) % 50]
+    assert [one.tokens[0] for one in outcomes[0].results] == drawn
+    assert [one.tokens[0] for one in outcomes[1].results[::-1]] == [
+        (3 * one + 5) % 50 for one in drawn
+    ]
 
 
 def test_moves_take_their_time_before_the_first_iteration() -> None:

@@ -18,7 +18,16 @@ from itertools import accumulate
 from operator import sub
 
 from twostroke.core.ports import Clock, ExecutorInfo, OnDone, StepAnswer
-from twostroke.core.types import BlockId, Row, RowResult, StepOutcome, StepPlan, Token
+from twostroke.core.types import (
+    PENDING,
+    BlockId,
+    Row,
+    RowResult,
+    SequenceId,
+    StepOutcome,
+    StepPlan,
+    Token,
+)
 from twostroke.errors import ExecutorLost
 from twostroke.spec.cost import StepCost
 from twostroke.spec.work import StepTotals, grow_totals
@@ -88,6 +97,7 @@ class SimulatedExecutor:
         self._draw = draw
         self.faults = SimulatedFaults()
         self._runs: deque[_Run] = deque()
+        self._drawn: dict[SequenceId, Token] = {}  # by the step that ended last
         self._gone = ""  # why it answers nothing any more
         self._block_bytes = info.kv_bytes // info.num_blocks
 
@@ -180,6 +190,8 @@ class SimulatedExecutor:
         self.steps_done += made
         times_ns = tuple(run.times_ns[:made])
         results = tuple(self._answer_row(row, made) for row in run.plan.rows)
+        if self._draw is not draw_zero:
+            self._drawn = {one.sequence: one.tokens[-1] for one in results if one.tokens}
         iteration_ns = times_ns if run.plan.iterations > 1 else ()
         answer: StepAnswer = StepOutcome(run.plan.step, results, sum(times_ns), iteration_ns)
         if self._runs:
@@ -241,7 +253,8 @@ class SimulatedExecutor:
             return self._verify_drafts(row)
         if self._draw is draw_zero:
             return RowResult(row.sequence, (0,) * made)
-        tokens, position = [row.tokens[-1]], row.start + len(row.tokens) - 1
+        last = row.tokens[-1] if row.tokens[-1] != PENDING else self._drawn[row.sequence]
+        tokens, position = [last], row.start + len(row.tokens) - 1
         for at in range(made):
             tokens.append(self._draw(row, tokens[-1], position + at))
         return RowResult(row.sequence, tuple(tokens[1:]))
