@@ -44,7 +44,7 @@ def check_sums(collectives: Collectives) -> None:
         for shape in ((1, 8), (5, 33)):
             parts = [make_part(rank, shape, dtype) for rank in get_stage_ranks(collectives.place)]
             x = make_part(collectives.place.rank, shape, dtype)
-            assert collectives.all_reduce(x) is x
+            collectives.all_reduce(x)
             exact = sum(part.double() for part in parts)
             sizes = sum(part.double().abs() for part in parts)
             bound = (len(parts) - 1) * torch.finfo(dtype).eps * sizes
@@ -55,9 +55,10 @@ def check_sums_of_rows(collectives: Collectives) -> None:
     """With `is_exact` a row's sum does not depend on how many rows are summed, bit for bit."""
     assert collectives.is_exact
     whole = make_part(collectives.place.rank, (37, 65), torch.bfloat16)
-    rows = [collectives.all_reduce(whole[row : row + 1].clone()) for row in (0, 17, 36)]
-    collectives.all_reduce(whole)
-    assert all(torch.equal(whole[row], one[0]) for row, one in zip((0, 17, 36), rows, strict=True))
+    rows = {row: whole[row : row + 1].clone() for row in (0, 17, 36)}
+    for one in (whole, *rows.values()):
+        collectives.all_reduce(one)
+    assert all(torch.equal(whole[row], one[0]) for row, one in rows.items())
 
 
 def check_logits(collectives: Collectives) -> None:
@@ -68,7 +69,7 @@ def check_logits(collectives: Collectives) -> None:
     for rows in (1, 3, 2):
         parts = [make_part(rank, (rows, 5), torch.float32) for rank in get_stage_ranks(place)]
         out = torch.full((rows, 5 * len(parts)), torch.nan)
-        collectives.gather_logits(make_part(place.rank, (rows, 5), torch.float32), out)
+        collectives.gather_logits(out, make_part(place.rank, (rows, 5), torch.float32))
         if place.is_sampling:
             assert torch.equal(out, torch.cat(parts, dim=1))
 
@@ -79,7 +80,8 @@ def check_hidden(collectives: Collectives) -> None:
     for step in (1.0, 2.0):
         x = torch.full((3, 4), step)
         if not place.is_first_stage:
-            x = collectives.receive_hidden(torch.full((3, 4), torch.nan))
+            x = torch.full((3, 4), torch.nan)
+            collectives.receive_hidden(x)
             assert torch.equal(x, torch.full((3, 4), step) + place.rank - tensor)
         if not place.is_last_stage:
             collectives.send_hidden(torch.full((3, 4), step) + place.rank)

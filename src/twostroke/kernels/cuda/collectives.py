@@ -47,10 +47,10 @@ class Collectives:
     # By dtype. One that was outgrown is kept: a captured graph may refer to it.
     _scratch: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> None:
         """x, contiguous, summed over the stage's ranks in place; the same bits on all of them."""
         if self._groups.stage is None:
-            return x
+            return
         assert x.is_contiguous()
         tensor = self.place.layout.tensor
         if self.is_exact and tensor >= _ORDERED_FROM:
@@ -58,14 +58,14 @@ class Collectives:
             total = parts[0].float()
             for part in parts[1:]:
                 total += part
-            return x.copy_(total)
+            x.copy_(total)
+            return
         import torch.distributed as dist
 
         dist.all_reduce(x, group=self._groups.stage)
-        return x
 
-    def gather_logits(self, part: Tensor, out: Tensor) -> None:
-        """The parts (L, columns) of the stage's ranks side by side, in out (L, ranks * columns).
+    def gather_logits(self, out: Tensor, part: Tensor) -> None:
+        """out (L, ranks * columns) = the parts (L, columns) of the stage's ranks, side by side.
 
         out is written on the rank that draws only; both are contiguous.
         """
@@ -88,16 +88,15 @@ class Collectives:
 
         dist.send(x, self.place.rank + self.place.layout.tensor, group=self._groups.after)
 
-    def receive_hidden(self, out: Tensor) -> Tensor:
+    def receive_hidden(self, out: Tensor) -> None:
         """out (T, width), contiguous, filled by the stage before."""
         assert out.is_contiguous()
         import torch.distributed as dist
 
         dist.recv(out, self.place.rank - self.place.layout.tensor, group=self._groups.before)
-        return out
 
-    def share_tokens(self, tokens: Tensor) -> Tensor:
-        """tokens int32, contiguous: in place those of the rank that draws, wherever they are embedded.
+    def share_tokens(self, tokens: Tensor) -> None:
+        """tokens int32, contiguous: in place those that were drawn, wherever tokens are embedded.
 
         Nothing happens on a rank that neither draws nor embeds.
         """
@@ -107,7 +106,6 @@ class Collectives:
 
             source = self.place.layout.sampling_rank
             dist.broadcast(tokens, source, group=self._groups.tokens)
-        return tokens
 
     def get_least(self, value: int, device: torch.device) -> int:
         """The smallest value that any rank of the model passes; waits for all of them."""
