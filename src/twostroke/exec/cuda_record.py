@@ -10,22 +10,30 @@ import torch
 from twostroke.kernels.cuda.calls import DeviceRope
 from twostroke.kernels.cuda.recorder import Recorder, Recording
 from twostroke.kernels.cuda.types import Tensor, Weights
-from twostroke.models.decoder import run_head, run_layers
+from twostroke.models.decoder import run_head, run_layers, run_stage
 from twostroke.models.rope import get_frequencies
 from twostroke.spec.model import ModelSpec, RopeSpec
+from twostroke.spec.ranks import WHOLE, RankPlace
 
 
 def record(
-    spec: ModelSpec, weights: Weights, ropes: Mapping[RopeSpec, DeviceRope], world: int
+    spec: ModelSpec,
+    weights: Weights,
+    ropes: Mapping[RopeSpec, DeviceRope],
+    place: RankPlace = WHOLE,
 ) -> Recording:
-    """The forward pass of `spec` as calls."""
-    recorder = Recorder(world)
+    """The forward pass of `spec`, a model's or a rank's share of it, as calls."""
+    recorder = Recorder(place.layout.tensor)
     ops = recorder.make_ops()
     tables: Any = ropes
     step: Any = None  # a recorded pass takes its step when it is bound
-    hidden = run_layers(spec, ops, weights, tables, step)
+    if place.is_first_stage:
+        hidden = run_layers(spec, ops, weights, tables, step)
+    else:
+        hidden = run_stage(spec, ops, weights, tables, step, recorder.new_input(spec.width))
     recorder.start_head(hidden)
-    run_head(spec, ops, weights, step, hidden)
+    if place.is_last_stage:
+        run_head(spec, ops, weights, step, hidden)
     return recorder.recording
 
 

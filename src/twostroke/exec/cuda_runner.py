@@ -26,13 +26,15 @@ from twostroke.exec.cuda_staging import (
     view,
 )
 from twostroke.kernels.cuda import attention, rows
-from twostroke.kernels.cuda.launch import FEW_ROWS, Collectives, Launches
+from twostroke.kernels.cuda.collectives import Collectives
+from twostroke.kernels.cuda.launch import FEW_ROWS, Launches
 from twostroke.kernels.cuda.pool import KvPool
 from twostroke.kernels.cuda.program import Memory, Program, lay_out
 from twostroke.kernels.cuda.rope import HeadShape
 from twostroke.kernels.cuda.types import BLOCK_TOKENS, MatrixPart, QuantMatrix, Tensor, Weights
 from twostroke.kernels.ops import I32, StepArrays
 from twostroke.spec.model import ModelSpec
+from twostroke.spec.ranks import WHOLE, RankPlace
 
 # Tables are this many blocks wide or a multiple, so that few widths are ever compiled for.
 TABLE_STEP = 16
@@ -65,15 +67,15 @@ class RunnerLimits:
 class DeviceModel:
     """A model, or a rank's share of it, on the device.
 
-    spec: of the share. dtype: of activations. exact: see kernels/cuda/launch.py. world: ranks that
-    share the model, who exchange by `collectives`.
+    spec: of the share. dtype: of activations. exact: see kernels/cuda/launch.py. place: of the rank
+    among those that share the model, with whom it exchanges by `collectives`.
     """
 
     spec: ModelSpec
     weights: Weights
     dtype: torch.dtype
     exact: bool = False
-    world: int = 1
+    place: RankPlace = WHOLE
     collectives: Collectives | None = None
 
 
@@ -104,14 +106,10 @@ class CudaRunner:
         self.limits = limits
         self.pool = pool
         self._device = device
-        self._exact = model.exact
+        self._model = model
         spec, name = model.spec, device.name
-        recording = record(
-            spec,
-            model.weights,
-            make_ropes(spec, model.weights, limits.context_tokens, name),
-            model.world,
-        )
+        ropes = make_ropes(spec, model.weights, limits.context_tokens, name)
+        recording = record(spec, model.weights, ropes, model.place)
         many = lay_out(recording, few_rows=False)
         layouts = [many] if model.exact else [lay_out(recording, few_rows=True), many]
         most = (limits.tokens, limits.logit_rows)
@@ -180,7 +178,7 @@ class CudaRunner:
             program, launches = self._bind(staged)
             _run(launches)
         self._last = program, staged
-        return program.get_logits(count)
+        return self._get_logits(program, count)
 
     def enqueue_head(self, logit_rows: I32) -> Tensor:
         """Queues the logits (L, vocab) float32 of other rows of the step that was queued last."""
@@ -193,7 +191,13 @@ class CudaRunner:
         index.copy_(slot.pinned[:size], non_blocking=True)
         slot.left = self._device.record()
         _run(program.bind_head(replace(staged.step, logit_rows=index)))
-        return program.get_logits(size)
+        return self._get_logits(program, size)
+
+    def _get_logits(self, program: Program, count: int) -> Tensor:
+        """Logits (count, vocab); ranks pad what they gather, and stages before the last have none."""
+        if not self._model.place.is_last_stage:
+            return self._memory.body[:0]
+        return program.get_logits(count)[:, : self._model.spec.vocab_size]
 
     def _choose(self, tokens: int) -> Program:
         return self._few if tokens <= FEW_ROWS else self._many
@@ -201,10 +205,18 @@ class CudaRunner:
     def _bind(self, staged: StagedView) -> tuple[Program, Sequence[Run]]:
         """The launches of a whole step, from pending tokens to logits."""
         program = self._choose(staged.step.tokens.shape[0])
-        first = partial(rows.gather_tokens, staged.step.tokens, staged.sources, self.drawn)
-        launches = [first, *program.bind_body(staged.step)]
-        if staged.step.logit_rows.shape[0]:
-            launches += program.bind_head(staged.step)
+        step, count = staged.step, staged.step.tokens.shape[0]
+        ranks, place = self._model.collectives, self._model.place
+        launches: list[Run] = []
+        if place.is_first_stage:
+            launches.append(partial(rows.gather_tokens, step.tokens, staged.sources, self.drawn))
+        elif ranks is not None:
+            launches.append(partial(ranks.receive_hidden, program.get_input(count)))
+        launches += program.bind_body(step)
+        if not place.is_last_stage and ranks is not None:
+            launches.append(partial(ranks.send_hidden, program.get_hidden(count)))
+        elif step.logit_rows.shape[0]:
+            launches += program.bind_head(step)
         return program, launches
 
     def _view(self, counts: StepCounts) -> StagedView:

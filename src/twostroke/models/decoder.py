@@ -24,6 +24,18 @@ def run_layers(
 ) -> Array:
     """All layers over T tokens, writing their KV; returns (T, width), not yet normed."""
     x = ops.embed(step, weights["embed"], spec.embed_scale)
+    return run_stage(spec, ops, weights, ropes, step, x)
+
+
+def run_stage(
+    spec: ModelSpec,
+    ops: OpTable,
+    weights: Mapping[str, Weight],
+    ropes: RopeTables,
+    step: StepArrays,
+    x: Array,
+) -> Array:
+    """The layers of `spec`, all or a stage's, over x (T, width); returns as much, not yet normed."""
     for index, layer in enumerate(spec.layers):
         own = _Layer(weights, f"layers.{index}.")
         x = _add_attention(spec, ops, own, (index, layer, ropes[layer.rope]), step, x)

@@ -50,7 +50,7 @@ def record_tiny(family: str) -> Recording:
     spec = TINY_SPECS[family]
     table = torch.empty(1, device="meta")
     ropes = {layer.rope: DeviceRope(table, table) for layer in spec.layers}
-    return record(spec, make_weights(spec), ropes, 1)
+    return record(spec, make_weights(spec), ropes)
 
 
 def make_layout(family: str, few_rows: bool) -> Layout:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from twostroke.kernels.cuda import attention, dense, quantised, rope, rows
 from twostroke.kernels.cuda.calls import (
@@ -29,6 +28,7 @@ from twostroke.kernels.cuda.calls import (
     Value,
     WriteKv,
 )
+from twostroke.kernels.cuda.collectives import Collectives
 from twostroke.kernels.cuda.types import (
     DenseMatrix,
     Fused,
@@ -43,14 +43,6 @@ Launch = Callable[[], None]
 # Rows up to which a product streams its weights past all of them at once.
 FEW_ROWS = 16
 FEW_ROWS_QUANTISED = 64
-
-
-class Collectives(Protocol):
-    """What tensor-parallel ranks exchange; in place, or into `out`, in stream order."""
-
-    def all_reduce(self, x: Tensor) -> None: ...
-
-    def gather_logits(self, out: Tensor, part: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

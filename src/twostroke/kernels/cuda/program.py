@@ -66,6 +66,7 @@ class Layout:
 
     body: Section
     head: Section
+    given: Value
     hidden: Value
     logits: Value
     widths: tuple[int, ...]
@@ -79,6 +80,7 @@ def lay_out(recording: Recording, few_rows: bool) -> Layout:
     return Layout(
         _place(body, widths, kept={hidden}),
         _place(head, widths, kept=set(), given={hidden, *_find_logits(head)}),
+        recording.given,
         hidden,
         recording.logits,
         tuple(widths),
@@ -151,9 +153,9 @@ class Program:
         column = self.layout.body.columns[self.layout.hidden]
         return _view_column(column, self._memory.body, self._memory.max_tokens, tokens)
 
-    def get_input(self, value: Value, tokens: int) -> Tensor:
-        """A value (tokens, width) that is filled from outside before the body runs."""
-        column = self.layout.body.columns[value]
+    def get_input(self, tokens: int) -> Tensor:
+        """The value (tokens, width) that is filled from outside before the body runs."""
+        column = self.layout.body.columns[self.layout.given]
         return _view_column(column, self._memory.body, self._memory.max_tokens, tokens)
 
     def get_logits(self, rows: int) -> Tensor:

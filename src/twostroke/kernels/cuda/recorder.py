@@ -33,13 +33,15 @@ from twostroke.kernels.ops import OpTable
 class Recording:
     """A forward pass as calls.
 
-    body, head: of all tokens, and of the positions with logits. widths: of every value. hidden:
-    what the body hands to the head, logits: what the head makes; -1 until it is known.
+    body, head: of all tokens, and of the positions with logits. widths: of every value. given:
+    what is filled from outside, hidden: what the body hands to the head, logits: what the head
+    makes; -1 where there is none.
     """
 
     body: list[Call] = field(default_factory=list)
     head: list[Call] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    given: Value = -1
     hidden: Value = -1
     logits: Value = -1
 
@@ -56,8 +58,9 @@ class Recorder:
         self._world = world
 
     def new_input(self, width: int) -> Value:
-        """A value that is filled from outside before the body runs, as between pipeline stages."""
-        return self._new_value(width)
+        """The value that is filled from outside before the body runs, in a later stage."""
+        self.recording.given = self._new_value(width)
+        return self.recording.given
 
     def start_head(self, hidden: Value) -> None:
         """What is recorded from here on runs over the positions with logits."""
