@@ -194,7 +194,7 @@ class CudaRunner:
         return self._get_logits(program, size)
 
     def _get_logits(self, program: Program, count: int) -> Tensor:
-        """Logits (count, vocab); ranks pad what they gather, and stages before the last have none."""
+        """Logits (count, vocab), without padding of ranks; a stage before the last has none."""
         if not self._model.place.is_last_stage:
             return self._memory.body[:0]
         return program.get_logits(count)[:, : self._model.spec.vocab_size]
