@@ -111,6 +111,21 @@ def test_two_answers_in_the_inbox_are_committed_in_order() -> None:
     assert bench.recorder.committed == [0, 1, 2, 3]
 
 
+def test_a_step_that_waits_for_its_turn_is_not_late_yet() -> None:
+    bench = build_ahead(policy=LoopPolicy(max_in_flight=2, step_deadline_ns=1_000))
+    bench.submit("a", tokens=9)
+    bench.loop.pump()
+    bench.clock.advance(999)
+    bench.executor.release()
+    bench.loop.pump()
+    bench.clock.advance(999)
+    bench.loop.pump()
+    assert bench.recorder.losses == []
+    bench.clock.advance(1)
+    bench.loop.pump()
+    assert bench.recorder.losses == ["step 1 was not answered in time"]
+
+
 @pytest.mark.parametrize("answered", range(9))
 @pytest.mark.parametrize("fault", ["dies", "lies", "late"])
 def test_a_loss_with_two_steps_in_flight_costs_no_token(answered: int, fault: str) -> None:

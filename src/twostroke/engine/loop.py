@@ -93,11 +93,11 @@ class LoopPolicy:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One step given to one executor."""
+    """One step given to one executor. due_from_ns: when it was started, or its turn came."""
 
     plan: StepPlan
     generation: int
-    started_ns: int
+    due_from_ns: int
     answer: StepAnswer | None = None
 
 
@@ -161,7 +161,7 @@ class EngineLoop:
             return self._idle_until_ns
         if self._policy.step_deadline_ns is None:
             return None
-        return self._in_flight[0].started_ns + self._policy.step_deadline_ns
+        return self._in_flight[0].due_from_ns + self._policy.step_deadline_ns
 
     def describe_executor(self) -> ExecutorInfo:
         """What the executor in use offers."""
@@ -264,6 +264,8 @@ class EngineLoop:
                 return
             self._in_flight.popleft()
             self._last_progress_ns = now_ns
+            if self._in_flight:
+                self._in_flight[0].due_from_ns = now_ns
             for row in flight.plan.rows if self._losses else ():
                 self._losses.pop(row.sequence.request, None)
             self._listener.step_committed(flight.plan, outcome)
