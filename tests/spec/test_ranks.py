@@ -11,7 +11,7 @@ from tiny_models import TINY_SPECS
 from twostroke.errors import DeviceError
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeSpec
 from twostroke.spec.quant import Format
-from twostroke.spec.ranks import RankLayout, RankPlace, split_layers
+from twostroke.spec.ranks import WHOLE, RankLayout, RankPlace, cut_stage, split_layers
 
 
 def make_deep(layers: int, **changes: object) -> ModelSpec:
@@ -70,3 +70,27 @@ def test_a_rank_is_a_shard_of_a_stage() -> None:
     assert [place.rank for place in places if place.is_first_stage] == [0, 1]
     assert layout.token_ranks == (0, 1, 4)
     assert RankLayout(tensor=3).token_ranks == (0, 1, 2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_hold_every_tensor_of_the_model_in_its_format(tied: bool) -> None:
+    formats = (("layers.4.q", Format.Q4_0), ("embed", Format.F32), ("layers.0.o", Format.F16))
+    spec = make_deep(5, tied_embeddings=tied, formats=formats)
+    layout = RankLayout(tensor=2, stages=3)
+    whole = {tensor.name: tensor for tensor in spec.tensors()}
+    held: list[str] = []
+    for stage in range(layout.stages):
+        own = cut_stage(spec, RankPlace(layout.get_rank(stage, 1), layout))
+        for tensor in own.spec.tensors():
+            if own.holds(tensor.name):
+                name = own.get_whole_name(tensor.name)
+                assert replace(tensor, name=name) == whole[name]
+                held.append(name)
+    assert sorted(held) == sorted([*whole, "embed"] if tied else whole)
+
+
+def test_a_stage_of_one_is_the_model() -> None:
+    spec = make_deep(3)
+    stage = cut_stage(spec, WHOLE)
+    assert stage.spec is spec
+    assert all(stage.holds(tensor.name) for tensor in spec.tensors())

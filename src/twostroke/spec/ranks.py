@@ -9,7 +9,7 @@ arithmetic only: which slice of a weight a rank holds is in `spec/shard.py`, how
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.errors import DeviceError
 from twostroke.spec.model import ModelSpec
@@ -85,6 +85,54 @@ class RankPlace:
 
 
 WHOLE = RankPlace(0, RankLayout())
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage's part of a model.
+
+    spec: the model as if it had only the stage's `layers`, which are of the whole model. It still
+    names an embedding and a head; what the stage needs of them `holds` tells.
+    """
+
+    place: RankPlace
+    layers: range
+    spec: ModelSpec
+
+    def holds(self, name: str) -> bool:
+        """Whether the stage needs a tensor of `spec`."""
+        match name.partition(".")[0]:
+            case "embed":
+                tied = self.spec.tied_embeddings and self.place.is_last_stage
+                return self.place.is_first_stage or tied
+            case "head" | "final_norm":
+                return self.place.is_last_stage
+            case _:
+                return True
+
+    def get_whole_name(self, name: str) -> str:
+        """The whole model's name of a tensor of `spec`."""
+        head, _, rest = name.partition(".")
+        if head != "layers":
+            return name
+        index, _, rest = rest.partition(".")
+        return f"layers.{self.layers[int(index)]}.{rest}"
+
+
+def cut_stage(spec: ModelSpec, place: RankPlace) -> Stage:
+    """The stage of `spec` that a rank belongs to. Raises DeviceError as `split_layers` does."""
+    layers = split_layers(spec, place.layout.stages)[place.stage]
+    if len(layers) == spec.num_layers:
+        return Stage(place, layers, spec)
+    cut = replace(spec, layers=spec.layers[layers.start : layers.stop], formats=())
+    stage = Stage(place, layers, cut)
+    formats = dict(spec.formats)
+    kept = [
+        (tensor.name, formats[stage.get_whole_name(tensor.name)])
+        for tensor in cut.tensors()
+        if stage.get_whole_name(tensor.name) in formats
+    ]
+    return replace(stage, spec=replace(cut, formats=tuple(kept)))
 
 
 def split_layers(spec: ModelSpec, stages: int) -> tuple[range, ...]:
