@@ -14,13 +14,16 @@ from dataclasses import replace
 
 import pytest
 
+from loop_bench import Recorder
 from places import REPO
 from rank_fakes import (
+    BLOCK_TOKENS,
     DIE,
     FAIL,
     HANG,
     LEAVE,
     LOSE,
+    NUM_BLOCKS,
     STOP,
     Answers,
     ToyJob,
@@ -28,7 +31,18 @@ from rank_fakes import (
     make_plan,
     open_toys,
 )
-from twostroke.core.types import StepOutcome, StepPlan
+from twostroke.core.scheduler import Scheduler
+from twostroke.core.types import (
+    Failed,
+    Finished,
+    Request,
+    SchedulerConfig,
+    SequenceId,
+    StepOutcome,
+    StepPlan,
+)
+from twostroke.engine.clock import MonotonicClock
+from twostroke.engine.loop import EngineLoop, LoopPolicy
 from twostroke.errors import CorruptModel, DeviceError, ExecutorLost
 from twostroke.exec.ranks import RankGroup
 
@@ -219,3 +233,56 @@ def test_ranks_do_not_outlive_a_killed_parent() -> None:
         assert len(pids) == 2
         parent.kill()
     assert all(map(has_ended, pids))
+
+
+class Engine:
+    """A loop with its real scheduler over a group."""
+
+    def __init__(self, group: RankGroup) -> None:
+        config = SchedulerConfig(
+            num_blocks=NUM_BLOCKS,
+            block_tokens=BLOCK_TOKENS,
+            step_tokens=32,
+            max_rows=4,
+            context_tokens=60,
+            vocab_size=1000,
+        )
+        self.recorder = Recorder()
+        self._arrived = threading.Event()
+        self.loop = EngineLoop(
+            Scheduler(config),
+            group,
+            MonotonicClock(),
+            self.recorder,
+            LoopPolicy(max_in_flight=2),
+            self._arrived.set,
+        )
+
+    def run(self, steps: int = 1000) -> None:
+        """Pumps until nothing is live, or so many steps were committed."""
+        self.loop.pump()
+        while self.loop.num_live and len(self.recorder.committed) < steps:
+            assert self._arrived.wait(20.0)
+            self._arrived.clear()
+            self.loop.pump()
+
+
+def test_the_engine_serves_over_ranks_and_fails_every_request_when_one_dies() -> None:
+    with toys(1) as alone, toys() as group:
+        engines = [Engine(alone), Engine(group)]
+        for engine in engines:
+            for name in "ab":
+                engine.loop.submit(Request(name, (1, 2, ord(name)), 9))
+            engine.run()
+        assert engines[0].recorder.tokens == engines[1].recorder.tokens
+        assert set(engines[1].recorder.endings.values()) == {Finished("length")}
+        engine = engines[1]
+        for name in "cd":
+            engine.loop.submit(Request(name, (1, 2, 3), 25))
+        engine.run(len(engine.recorder.committed) + 3)
+        os.kill(group.pids[1], signal.SIGKILL)
+        engine.run()
+        for name in "cd":
+            ending = engine.recorder.endings[SequenceId(name, 0)]
+            assert isinstance(ending, Failed)
+            assert "rank 1 of 2 was killed by SIGKILL" in ending.reason
