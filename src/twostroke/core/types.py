@@ -1,8 +1,9 @@
 """The messages that cross the scheduler's boundary: requests, plans, outcomes, updates.
 
 All are frozen and slotted; a plan is complete in itself, so an executor needs to remember nothing
-about a request but the KV bytes in its blocks, and what a PENDING token was. Nothing here may hold a tensor, a clock or a
-callback. What lies further inside (spec, kv) is named here too, for those who see only this.
+about a request but the KV bytes in its blocks, and what a PENDING token was. Nothing here may hold
+a tensor, a clock or a callback. What lies further inside (spec, kv) is named here too, for those
+who see only this.
 """
 
 from __future__ import annotations
