@@ -87,7 +87,7 @@ $(STAMPS)/venv:
 	@touch $@
 
 $(STAMPS)/dependencies: pyproject.toml constraints.txt $(STAMPS)/venv
-	@echo "== dependencies at the versions in constraints.txt (about a minute the first time)"
+	@echo "== dependencies at the versions in constraints.txt (one or two minutes the first time)"
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 		print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
 		*p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(STAMPS)/requirements.txt
