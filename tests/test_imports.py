@@ -69,6 +69,15 @@ def test_generating_brings_no_server_library() -> None:
     assert find_loaded(statement, ("torch", "fastapi", "uvicorn", "huggingface_hub")) == []
 
 
+def test_what_surrounds_a_gpu_needs_no_native_kernels() -> None:
+    statement = (
+        "import sys; sys.modules['twostroke._native'] = None\n"
+        "import twostroke.exec.build, twostroke.cli.compose, twostroke.cli.generate\n"
+        "import twostroke.cli.limits, twostroke.cli.serve"
+    )
+    assert find_loaded(statement, ("torch", "twostroke.exec.cpu")) == []
+
+
 @pytest.mark.parametrize("package", STANDARD_LIBRARY_ONLY)
 def test_the_inner_packages_import_the_standard_library_only(package: str) -> None:
     allowed = sys.stdlib_module_names | {"twostroke"}

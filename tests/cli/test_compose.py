@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from model_files import VOCAB, GGUFRecipe, make_gguf
+from twostroke.cli import compose
 from twostroke.cli.compose import LLM, build_engine, get_model_name
+from twostroke.cli.device import Gpus
 from twostroke.cli.limits import cut_prompt, get_stroke_floors, measure_device
-from twostroke.cli.settings import BACKENDS, BLOCK_TOKENS, EngineSettings
+from twostroke.cli.machine import Machine
+from twostroke.cli.settings import BACKENDS, BLOCK_TOKENS, CUDA_BLOCK_TOKENS, EngineSettings
 from twostroke.cli.strokes import get_strokes, measure
 from twostroke.cli.summary import format_summary
 from twostroke.engine.params import SamplingParams
 from twostroke.errors import (
+    DeviceError,
     EngineClosed,
     InvalidParameter,
     PromptTooLong,
@@ -22,6 +28,10 @@ from twostroke.errors import (
     UnsupportedModel,
 )
 from twostroke.exec import build
+from twostroke.exec.cuda_memory import CudaOptions, MemoryPlan
+from twostroke.exec.local import RunnerSizes
+from twostroke.spec.kv import KvElement
+from twostroke.weights.load import OpenModel, open_model
 
 PROMPT = [5, 6, 7, 8, 9]
 PARAMS = SamplingParams(max_tokens=7, temperature=1.0, seed=3, ignore_eos=True)
@@ -130,6 +140,69 @@ def test_what_cannot_be_built_raises_its_reason(
     name = str(model_file) if wanted.model == "FILE" else wanted.model
     with pytest.raises(error):
         build_engine(EngineSettings(model=name, threads=wanted.threads, backend=wanted.backend))
+
+
+def test_an_engine_on_the_cpu_brings_no_library_of_the_gpu(model_file: Path) -> None:
+    code = (
+        "import sys\n"
+        "from twostroke import LLM, SamplingParams\n"
+        f"with LLM({str(model_file)!r}, device='cpu') as llm:\n"
+        "    llm.generate([[5, 6]], SamplingParams(max_tokens=2))\n"
+        "print(*{'torch', 'triton'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+class OpenedFake:
+    """What opening a GPU gives, over the reference backend: an executor and its pool's plan."""
+
+    def __init__(self, model: OpenModel, options: CudaOptions) -> None:
+        self.options = options
+        self.plan = MemoryPlan(9, 0, "nine blocks were left")
+        sizes = RunnerSizes(1, 9, CUDA_BLOCK_TOKENS, options.step_tokens, KvElement.F32)
+        self.executor = build.build_executor(model, "reference", sizes)
+
+
+def test_a_gpus_pool_is_settled_once_its_executor_knows_what_is_left(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[OpenedFake] = []
+
+    def open_fake(model: OpenModel, options: CudaOptions) -> OpenedFake:
+        opened.append(OpenedFake(model, options))
+        return opened[-1]
+
+    monkeypatch.setattr(compose, "build_cuda_executor", open_fake)
+    monkeypatch.setattr(compose, "read_machine", lambda: Machine(2, "", 2**34, "", lambda: Gpus(2)))
+    wanted = EngineSettings(
+        model=str(model_file), device="cuda:1", exact=True, kv="int8", kv_memory="3MiB", max_rows=5
+    )
+    built = build_engine(wanted)
+    options = opened[0].options
+    assert (options.device, options.exact, options.max_rows) == ("cuda:1", True, 5)
+    assert (options.kv_element, options.kv_bytes) == (KvElement.INT8, 3 * 2**20)
+    parts, settings = built.parts, built.settings
+    assert settings.num_blocks == parts.scheduler.config.num_blocks == 9
+    assert parts.scheduler.config.block_tokens == CUDA_BLOCK_TOKENS
+    assert parts.scheduler.config.plans_ahead
+    assert parts.policy.max_in_flight == 2
+    assert "nine blocks were left" in format_summary(built)
+    parts.executor.close()
+    built.model.close()
+
+
+def test_a_gpu_without_what_drives_it_is_refused_with_the_way_out(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # what importing it then raises is ImportError
+    monkeypatch.delitem(sys.modules, "twostroke.exec.cuda_open", raising=False)
+    options = CudaOptions("cuda:0", KvElement.F16, 64, 4, 128)
+    with (
+        open_model(model_file) as model,
+        pytest.raises(DeviceError, match=r"pip install 'twostroke\[cuda\]'"),
+    ):
+        build.build_cuda_executor(model, options)
 
 
 def test_a_head_size_the_kernels_lack_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from twostroke.exec.local import StepTimes
 from twostroke.spec.device import DeviceSpec
 
 DEVICE = DeviceSpec("cpu", 1e10, (("int8", 1e12), ("fp32", 1e11)), 2, 2**33)
-OPTIONS = ProfileOptions(prompt_tokens=32, steps=4)
+OPTIONS = ProfileOptions(prompt_tokens=32, new_tokens=4)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_joined_products_have_the_floors_of_both() -> None:
 
 
 def test_a_real_model_is_taken_apart(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ProfileOptions(prompt_tokens=20, steps=4, batch=2, json=True)
+    options = ProfileOptions(prompt_tokens=20, new_tokens=4, requests=2, json=True)
     run_profile(str(model_file), options, MachineOptions(threads=1))
     report = json.loads(capsys.readouterr().out)
     for stroke in ("prefill", "decode"):

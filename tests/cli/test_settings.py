@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import pytest
 
+from twostroke.cli.device import Gpus
 from twostroke.cli.machine import Machine
+from twostroke.cli.options import MachineOptions
 from twostroke.cli.settings import (
     BLOCK_TOKENS,
+    CUDA_BLOCK_TOKENS,
+    KV_ELEMENTS,
     KV_MEMORY_SHARE,
     EngineSettings,
     format_bytes,
+    get_machine_settings,
+    keep_on_cpu,
     parse_bytes,
     resolve_settings,
+    settle_pool,
 )
 from twostroke.errors import InvalidParameter
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 
-MACHINE = Machine(6, "cores", 2**34, "memory")
+MACHINE = Machine(6, "cores", 2**34, "memory", lambda: Gpus(0, "none"))
+GPU_MACHINE = Machine(6, "cores", 2**34, "memory", lambda: Gpus(1))
 CONTEXT = 1000
 
 
@@ -85,7 +93,7 @@ def test_int8_says_at_start_what_it_costs() -> None:
     assert f"{(make_spec().head_dim + 4) / make_spec().head_dim / 2:.0%} of f16" in choice.reason
 
 
-@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("element", KV_ELEMENTS["cpu"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_every_backend_keeps_every_kv_element(backend: str, element: KvElement) -> None:
     wanted = EngineSettings(model="m", backend=backend, kv=element.value)
@@ -95,15 +103,81 @@ def test_every_backend_keeps_every_kv_element(backend: str, element: KvElement) 
     assert resolved.kv_bytes == tokens * make_spec().get_kv_bytes_per_token(element)
 
 
+@pytest.mark.parametrize("element", list(KvElement))
+def test_a_gpu_keeps_every_kv_element_in_a_pool_that_is_settled_later(element: KvElement) -> None:
+    wanted = EngineSettings(model="m", kv=element.value)
+    resolved = resolve_settings(wanted, make_spec(), GPU_MACHINE)
+    assert (resolved.device, resolved.backend) == ("cuda:0", "cuda")
+    assert resolved.num_blocks == resolved.kv_bytes == resolved.threads == 0
+    settled = settle_pool(resolved, make_spec(), 7, "seven were left")
+    tokens = 7 * CUDA_BLOCK_TOKENS
+    assert settled.kv_bytes == tokens * make_spec().get_kv_bytes_per_token(element)
+    (pool,) = (each for each in settled.choices if each.name == "KV pool")
+    assert pool.reason == "seven were left"
+
+
+def test_a_gpu_keeps_keys_and_values_as_its_activations_are_unasked() -> None:
+    resolved = resolve_settings(EngineSettings(model="m"), make_spec(), GPU_MACHINE)
+    assert resolved.kv_element is KvElement.BF16  # weights of no known format are BF16
+
+
+def test_only_the_cpu_is_exact_unasked() -> None:
+    for machine in (MACHINE, GPU_MACHINE):
+        for exact in (False, True):
+            wanted = EngineSettings(model="m", exact=exact)
+            resolved = resolve_settings(wanted, make_spec(), machine)
+            assert resolved.exact == (exact or machine is MACHINE)
+
+
+def test_what_is_asked_of_the_cpu_keeps_the_engine_off_the_gpu() -> None:
+    for wanted in (
+        EngineSettings(model="m", threads=2),
+        EngineSettings(model="m", backend="reference"),
+        EngineSettings(model="m", device="cpu"),
+    ):
+        assert resolve_settings(wanted, make_spec(), GPU_MACHINE).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "wanted"),
+    [
+        ("threads", EngineSettings(model="m", device="cuda", threads=2)),
+        ("backend", EngineSettings(model="m", device="cuda", backend="cpu")),
+        ("weights", EngineSettings(model="m", weights="int3")),
+        ("kv_memory", EngineSettings(model="m", kv_memory=100)),
+    ],
+)
+def test_a_setting_that_a_gpu_has_not_is_refused_by_name(
+    parameter: str, wanted: EngineSettings
+) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        resolve_settings(wanted, make_spec(), GPU_MACHINE)
+    assert caught.value.parameter == parameter
+
+
+def test_what_only_the_cpu_can_do_stays_there_or_is_refused() -> None:
+    assert keep_on_cpu(MachineOptions()).device == "cpu"
+    with pytest.raises(InvalidParameter):
+        keep_on_cpu(MachineOptions(device="cuda"))
+
+
+def test_an_option_of_the_command_line_is_the_setting_of_its_name() -> None:
+    on = MachineOptions(device="cuda:1", exact=True, kv="int8", weights="int4")
+    wanted = EngineSettings(model="m", **get_machine_settings(on))
+    for name in ("device", "exact", "threads", "backend", "kv", "weights"):
+        assert getattr(wanted, name) == getattr(on, name)
+
+
 def test_rows_never_outnumber_the_step_budget() -> None:
     resolved = resolve_settings(EngineSettings(model="m", step_tokens=16), make_spec(), MACHINE)
     assert resolved.max_rows == 16
 
 
 def test_every_setting_gives_its_reason() -> None:
-    for wanted in (EngineSettings(model="m"), EngineSettings(model="m", threads=2, kv_memory="1M")):
-        choices = resolve_settings(wanted, make_spec(), MACHINE).choices
-        assert all(choice.name and choice.value and choice.reason for choice in choices)
+    for wanted in (EngineSettings(model="m"), EngineSettings(model="m", exact=True, kv="int8")):
+        for machine in (MACHINE, GPU_MACHINE):
+            choices = resolve_settings(wanted, make_spec(), machine).choices
+            assert all(choice.name and choice.value and choice.reason for choice in choices)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +185,9 @@ def test_every_setting_gives_its_reason() -> None:
     [
         ("backend", EngineSettings(model="m", backend="cuda")),
         ("kv", EngineSettings(model="m", kv="int4")),
+        ("kv", EngineSettings(model="m", kv="fp8")),
+        ("device", EngineSettings(model="m", device="gpu")),
+        ("weights", EngineSettings(model="m", weights="int4")),
         ("threads", EngineSettings(model="m", threads=0)),
         ("threads", EngineSettings(model="m", threads=True)),
         ("threads", EngineSettings(model="m", threads=10**9)),

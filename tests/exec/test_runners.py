@@ -9,6 +9,7 @@ import pytest
 
 from kernels_support import RowCase, make_step
 from tiny_models import TINY_SPECS, make_tensors
+from twostroke.cli.settings import KV_ELEMENTS
 from twostroke.core.ports import StepAnswer
 from twostroke.core.types import BlockCopy, Row, SamplingSpec, SequenceId, StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost, UnsupportedModel
@@ -22,7 +23,7 @@ from twostroke.spec.work import RowShape, StepShape, get_step_work
 SIZES = RunnerSizes(threads=2, num_blocks=64, block_tokens=16, max_step_tokens=512)
 
 
-@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("element", KV_ELEMENTS["cpu"])
 @pytest.mark.parametrize("family", list(TINY_SPECS))
 def test_float_weights_give_the_reference_logits(family: str, element: KvElement) -> None:
     spec = TINY_SPECS[family]
@@ -78,7 +79,7 @@ def run_plan(executor: LocalExecutor, plan: StepPlan) -> StepAnswer:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("element", KV_ELEMENTS["cpu"])
 def test_the_pool_is_as_large_as_the_work_formulas_say(element: KvElement, backend: str) -> None:
     spec = TINY_SPECS["llama"]
     info = make_executor(element, backend).describe()
@@ -89,7 +90,7 @@ def test_the_pool_is_as_large_as_the_work_formulas_say(element: KvElement, backe
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("element", list(KvElement))
+@pytest.mark.parametrize("element", KV_ELEMENTS["cpu"])
 def test_copied_and_moved_blocks_hold_the_same_keys_and_values(
     element: KvElement, backend: str
 ) -> None:

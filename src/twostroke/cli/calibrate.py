@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING
 
 from twostroke.cli.compose import build_engine
 from twostroke.cli.options import MachineOptions
-from twostroke.cli.settings import EngineSettings, ResolvedSettings
+from twostroke.cli.settings import (
+    EngineSettings,
+    ResolvedSettings,
+    get_machine_settings,
+    keep_on_cpu,
+)
 from twostroke.cli.step_cost import (
     build_limits_cost,
     get_calibration_path,
@@ -132,9 +137,7 @@ def run_calibrate(model: str, on: MachineOptions) -> None:
 
     wanted = EngineSettings(
         model=model,
-        threads=on.threads,
-        backend=on.backend,
-        kv=on.kv,
+        **get_machine_settings(keep_on_cpu(on)),
         kv_memory=_POOL_BYTES,
         has_chat=False,
     )

@@ -15,6 +15,7 @@ from typing import Protocol
 from twostroke.cli.answer import AnswerWriter, build_params
 from twostroke.cli.compose import LLM
 from twostroke.cli.options import MachineOptions, SamplingOptions
+from twostroke.cli.settings import get_machine_settings
 from twostroke.engine.outputs import OutputDelta
 from twostroke.engine.params import SamplingParams
 from twostroke.errors import InvalidRequest
@@ -33,7 +34,7 @@ class Answerer(Protocol):
 def run_chat(model: str, sampling: SamplingOptions, on: MachineOptions) -> None:
     """Talk until the user leaves. Raises TwostrokeError."""
     params = build_params(sampling)
-    with LLM(model, threads=on.threads, backend=on.backend, kv=on.kv, max_rows=1) as llm:
+    with LLM(model, **get_machine_settings(on), max_rows=1) as llm:
         print(f"{model}. {HELP}", file=sys.stderr)
         # Gives input() line editing and history, where the interpreter was built with it.
         with contextlib.suppress(ImportError):

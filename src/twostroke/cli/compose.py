@@ -16,18 +16,27 @@ from pathlib import Path
 from typing import Unpack
 
 from twostroke.cli.machine import read_machine
-from twostroke.cli.settings import EngineSettings, LLMOptions, ResolvedSettings, resolve_settings
+from twostroke.cli.settings import (
+    EngineSettings,
+    LLMOptions,
+    ResolvedSettings,
+    resolve_settings,
+    settle_pool,
+)
+from twostroke.core.ports import Executor
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import SchedulerConfig
 from twostroke.engine.clock import MonotonicClock
 from twostroke.engine.llm import OfflineLLM, OnProgress, Params
+from twostroke.engine.loop import LoopPolicy
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import OutputDelta, RequestOutput
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import EngineParts, Message, Prompt
 from twostroke.errors import TemplateError
-from twostroke.exec.build import build_executor
-from twostroke.exec.local import LocalExecutor, RunnerSizes
+from twostroke.exec.build import build_cuda_executor, build_executor
+from twostroke.exec.cuda_memory import CudaOptions
+from twostroke.exec.local import RunnerSizes
 from twostroke.text.chat import ChatTemplate, build_chat_template
 from twostroke.text.tokenizer import Tokenizer, build_tokenizer
 from twostroke.weights.catalog import get_cache_dir, resolve
@@ -58,12 +67,12 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         settings = resolve_settings(wanted, spec, read_machine())
         # Mapping or packing the weights leaves Python to the tokenizer.
         beside = ThreadPoolExecutor(1, "twostroke-build")
-        building = beside.submit(_build_executor, model, settings)
+        building = beside.submit(_build, model, settings)
         beside.shutdown(wait=False)
         undo.callback(_close_when_built, building)
         tokenizer = build_tokenizer(model.vocabulary)
         template = find_chat_template(model, tokenizer) if wanted.has_chat else None
-        executor = building.result()
+        executor, settings = building.result()
         config = SchedulerConfig(
             num_blocks=settings.num_blocks,
             block_tokens=settings.block_tokens,
@@ -71,6 +80,7 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
             max_rows=settings.max_rows,
             context_tokens=spec.context_tokens,
             vocab_size=spec.vocab_size,
+            plans_ahead=settings.is_on_gpu,
         )
         parts = EngineParts(
             spec=spec,
@@ -80,12 +90,17 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
             executor=executor,
             clock=MonotonicClock(),
             model_name=get_model_name(wanted.model),
+            # A GPU starts the next step before the host has heard of the last.
+            policy=LoopPolicy(max_in_flight=2 if settings.is_on_gpu else 1),
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)
 
 
-def _build_executor(model: OpenModel, settings: ResolvedSettings) -> LocalExecutor:
+def _build(model: OpenModel, settings: ResolvedSettings) -> tuple[Executor, ResolvedSettings]:
+    """The executor, and the settings with the KV pool that it has."""
+    if settings.is_on_gpu:
+        return _build_on_gpu(model, settings)
     sizes = RunnerSizes(
         threads=settings.threads,
         num_blocks=settings.num_blocks,
@@ -93,12 +108,31 @@ def _build_executor(model: OpenModel, settings: ResolvedSettings) -> LocalExecut
         max_step_tokens=settings.step_tokens,
         kv_element=settings.kv_element,
     )
-    return build_executor(model, settings.backend, sizes, get_cache_dir() / "packed")
+    packed = get_cache_dir() / "packed"
+    return build_executor(model, settings.backend, sizes, packed), settings
 
 
-def _close_when_built(building: Future[LocalExecutor]) -> None:
+def _build_on_gpu(
+    model: OpenModel, settings: ResolvedSettings
+) -> tuple[Executor, ResolvedSettings]:
+    options = CudaOptions(
+        device=settings.device,
+        kv_element=settings.kv_element,
+        step_tokens=settings.step_tokens,
+        max_rows=settings.max_rows,
+        context_tokens=model.spec.context_tokens,
+        kv_bytes=settings.asked_kv_bytes,
+        quantise=settings.weights,
+        exact=settings.exact,
+    )
+    opened = build_cuda_executor(model, options)
+    plan = opened.plan
+    return opened.executor, settle_pool(settings, model.spec, plan.num_blocks, plan.reason)
+
+
+def _close_when_built(building: Future[tuple[Executor, ResolvedSettings]]) -> None:
     if building.exception() is None:
-        building.result().close()
+        building.result()[0].close()
 
 
 def find_chat_template(model: OpenModel, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -130,10 +164,13 @@ class LLM:
     def __init__(self, model: str | Path, **options: Unpack[LLMOptions]) -> None:
         """Open a model by name, by path, or as org/name once it was pulled.
 
-        threads: that compute; default the physical cores. backend: "cpu" or "reference". kv: how
-        keys and values are stored, "f16", "int8" or "f32". kv_memory: bytes of the KV pool, or text
-        such as "512MiB". step_tokens: token budget of one step. max_rows: most sequences in one
-        step. Raises what `build_engine` does.
+        device: "auto", "cpu", "cuda" or "cuda:1"; auto takes a GPU where one can be used and
+        neither threads nor backend is given. exact: on a GPU, tokens do not depend on other
+        requests. threads: that compute on the CPU; default the physical cores. backend: on the
+        CPU, "cpu" or "reference". kv: how keys and values are stored, "f16", "int8" or "f32", on a
+        GPU also "bf16" or "fp8". weights: on a GPU, "int8" or "int4" makes weights of floats
+        smaller. kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token
+        budget of one step. max_rows: most sequences in one step. Raises what `build_engine` does.
         """
         self._start(EngineSettings(model=str(model), **options))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from twostroke.cli.answer import AnswerWriter, build_params
 from twostroke.cli.compose import LLM
 from twostroke.cli.options import GenerateOptions, MachineOptions, SamplingOptions
-from twostroke.cli.settings import EngineSettings, ResolvedSettings
+from twostroke.cli.settings import EngineSettings, ResolvedSettings, get_machine_settings
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import Completion
 from twostroke.engine.params import SamplingParams
@@ -46,9 +46,7 @@ def run_generate(
     params = build_params(sampling)
     wanted = EngineSettings(
         model=model,
-        threads=on.threads,
-        kv=on.kv,
-        backend=on.backend,
+        **get_machine_settings(on),
         max_rows=1,
         has_chat=generation.chat is not False,
     )
@@ -89,11 +87,11 @@ def measure_strokes(answered: Answered) -> tuple[tuple[Stroke, Stroke], DeviceSp
 
     What this needs is imported here, when the answer is out.
     """
-    from twostroke.cli.limits import get_stroke_floors, measure_device
+    from twostroke.cli.limits import get_stroke_floors, measure_limits
     from twostroke.cli.strokes import get_strokes, measure
 
     measured = measure(answered.before, answered.after)
-    device = measure_device(answered.settings.threads)
+    device = measure_limits(answered.settings)
     floors = get_stroke_floors(answered.spec, answered.settings, measured, device)
     return get_strokes(measured, *floors), device
 

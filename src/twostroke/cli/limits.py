@@ -1,7 +1,8 @@
 """What this machine allows: its limits, measured now, and the least time of one request's strokes.
 
-Work comes from `spec/work.py`, rates from the native probes; here they meet. The limit is the best
-that a probe reached, not its mean, so that a share is never flattered by a busy machine.
+Work comes from `spec/work.py`, rates from the native probes, or on a GPU from PyTorch's own copies
+and products; here they meet. The limit is the best that a probe reached, not its mean, so that a
+share is never flattered by a busy machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from twostroke.cli.machine import read_machine
 from twostroke.cli.settings import ResolvedSettings
 from twostroke.cli.strokes import Measured, StrokeFloor, add_floors
+from twostroke.exec.cuda_formats import describe_held
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import RowShape, StepShape, get_floor_seconds, get_model_work
@@ -21,6 +23,15 @@ _RATE_SECONDS = 0.06
 # Decode steps whose floor is computed; those between differ by the KV of a few tokens, which
 # grows evenly, so the mean over evenly spaced ones is the mean over all.
 _DECODE_SAMPLES = 256
+
+
+def measure_limits(settings: ResolvedSettings) -> DeviceSpec:
+    """The limits of the device that the engine ran on, in well under a second."""
+    if settings.is_on_gpu:
+        from twostroke.cli.gpu_limits import measure_gpu
+
+        return measure_gpu(settings.device)
+    return measure_device(settings.threads)
 
 
 def measure_device(threads: int) -> DeviceSpec:
@@ -47,7 +58,8 @@ def get_stroke_floors(
 ) -> tuple[StrokeFloor, StrokeFloor | None]:
     """Least time of prefill, and of decode where there was one, for a request that ran alone."""
     prompt = measured.prompt_tokens
-    work = get_model_work(spec, settings.kv_element)
+    held = describe_held(spec, settings.weights) if settings.weights else spec
+    work = get_model_work(held, settings.kv_element)
 
     def add(rows: Iterable[RowShape]) -> StrokeFloor:
         return add_floors(
@@ -75,6 +87,12 @@ def cut_prompt(prompt_tokens: int, step_tokens: int) -> list[RowShape]:
 
 def format_device(device: DeviceSpec) -> str:
     """The measured limits in one line."""
+    if device.has_rate("bf16"):
+        bandwidth, rate = device.memory_bandwidth / 1e9, device.get_rate("bf16") / 1e12
+        return (
+            f"limits measured now, {device.name}: {bandwidth:,.0f} GB/s copied, "
+            f"bf16 {rate:,.0f} Tflop/s"
+        )
     bandwidth, int8, fp32 = (
         device.memory_bandwidth / 1e9,
         device.get_rate("int8") / 1e9,

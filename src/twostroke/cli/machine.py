@@ -8,21 +8,26 @@ where a control group's limit is nearer. Nothing is cached and nothing is change
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from twostroke.cli.device import Gpus, find_gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """cores: physical cores this process may keep busy; available_bytes: memory it may still take.
 
-    cores_reason and memory_reason say in a few words where each number comes from.
+    cores_reason and memory_reason say in a few words where each number comes from. find_gpus: what
+    GPUs there are, for those who want one; looking costs time where there are some.
     """
 
     cores: int
     cores_reason: str
     available_bytes: int
     memory_reason: str
+    find_gpus: Callable[[], Gpus] = find_gpus
 
 
 def read_machine(root: Path = Path("/")) -> Machine:

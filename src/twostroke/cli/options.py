@@ -59,18 +59,44 @@ class ModelOption:
 class MachineOptions:
     """On what it runs."""
 
-    threads: int | None = field(
-        default=None, metadata=show("Threads that compute.", default="physical cores")
+    device: str = field(
+        default="auto",
+        metadata=show(
+            '"cpu", "cuda", or "cuda:1" for the second GPU; "auto" takes a GPU where one can be '
+            "used and nothing of the CPU is asked for.",
+            metavar="DEVICE",
+        ),
     )
-    backend: str = field(
-        default="cpu",
-        metadata=show('"cpu" (native kernels) or "reference" (NumPy, slow, reads like paper).'),
+    exact: bool = field(
+        default=False,
+        metadata=show(
+            "On a GPU too, let a request's tokens not depend on who shares its steps; slower.",
+            "--exact",
+        ),
+    )
+    threads: int | None = field(
+        default=None, metadata=show("Threads that compute on the CPU.", default="physical cores")
+    )
+    backend: str | None = field(
+        default=None,
+        metadata=show(
+            'On the CPU: "cpu" (native kernels) or "reference" (NumPy, slow, reads like paper).',
+            default="cpu",
+        ),
     )
     kv: str | None = field(
         default=None,
         metadata=show(
-            'How keys and values are stored: "f16", "int8" (half of it, less exact) or "f32".',
-            default="f16; of the reference f32",
+            'How keys and values are stored: "f16", "int8" (half of it, less exact) or "f32"; on a '
+            'GPU also "bf16" and "fp8".',
+            default="f16; of the reference f32; on a GPU that of the activations",
+        ),
+    )
+    weights: str | None = field(
+        default=None,
+        metadata=show(
+            'On a GPU, make weights stored as floats "int8" or "int4": less memory, less exact.',
+            default="as they are stored",
         ),
     )
 
@@ -135,8 +161,14 @@ class ProfileOptions:
         default=512,
         metadata=show("Length of the prompt, and so the depth of the decode.", least=1),
     )
-    steps: int = field(default=64, metadata=show("Decode steps to take the mean of.", least=4))
-    batch: int = field(default=1, metadata=show("Equal requests at once.", least=1, most=64))
+    new_tokens: int = field(
+        default=64,
+        metadata=show("Decode steps to take the mean of.", "--new-tokens", "--steps", least=4),
+    )
+    requests: int = field(
+        default=1,
+        metadata=show("Equal requests at once.", "--requests", "--batch", least=1, most=64),
+    )
     json: bool = field(
         default=False, metadata=show("Print one JSON object instead of tables.", "--json")
     )
@@ -149,17 +181,19 @@ class ServeOptions:
     host: str = field(default="127.0.0.1", metadata=show("Address to listen on."))
     port: int = field(default=8000, metadata=show("Port; 0 takes any.", least=0, most=65535))
     max_rows: int | None = field(
-        default=None, metadata=show("Most sequences computed in one step.", default="64")
+        default=None,
+        metadata=show("Most sequences computed in one step.", default="64; on a GPU 256"),
     )
     kv_memory: str | None = field(
         default=None,
         metadata=show(
             "Size of the KV pool, such as 512MiB.",
-            default="what the rows can fill, at most a quarter of available memory",
+            default="what the rows can fill, at most a quarter of available memory; on a GPU what "
+            "weights and buffers leave",
         ),
     )
     step_tokens: int | None = field(
-        default=None, metadata=show("Token budget of one step.", default="512")
+        default=None, metadata=show("Token budget of one step.", default="512; on a GPU 2048")
     )
 
 
@@ -193,7 +227,9 @@ class SimulatedMachineOptions:
     )
     kv: str | None = field(
         default=None,
-        metadata=show('How keys and values are stored: "f16", "int8" or "f32".', default="f16"),
+        metadata=show(
+            'How keys and values are stored: "f16", "bf16", "int8", "fp8" or "f32".', default="f16"
+        ),
     )
     kv_memory: str | None = field(
         default=None,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from twostroke.cli.compose import LLM
 from twostroke.cli.options import MachineOptions, ProfileOptions
-from twostroke.cli.settings import EngineSettings
+from twostroke.cli.settings import EngineSettings, get_machine_settings, keep_on_cpu
 from twostroke.engine.params import SamplingParams
 from twostroke.errors import InvalidParameter
 from twostroke.exec.cpu import CpuRunner
@@ -142,18 +142,16 @@ def run_profile(model: str, options: ProfileOptions, on: MachineOptions) -> None
 
     wanted = EngineSettings(
         model=model,
-        threads=on.threads,
-        kv=on.kv,
-        backend=on.backend,
-        max_rows=options.batch,
+        **get_machine_settings(keep_on_cpu(on)),
+        max_rows=options.requests,
         has_chat=False,
     )
     with LLM.from_settings(wanted) as llm:
         spec, settings = llm.built.parts.spec, llm.built.settings
-        room = spec.context_tokens - options.steps - 1
+        room = spec.context_tokens - options.new_tokens - 1
         if options.prompt_tokens > room:
             raise InvalidParameter(
-                "prompt_tokens", f"at most {room} fit with {options.steps} steps"
+                "prompt_tokens", f"at most {room} fit with {options.new_tokens} steps"
             )
         runs = measure_runs(llm, options)
     gc.collect()
@@ -183,12 +181,12 @@ def measure_runs(llm: LLM, options: ProfileOptions) -> list[list[Sample]]:
     watch = StepWatch(executor, get_engine)
     draw = random.Random(SEED)
     vocab = llm.built.parts.spec.vocab_size
-    params = SamplingParams(temperature=0.0, max_tokens=options.steps + 2, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=options.new_tokens + 2, ignore_eos=True)
     runs = []
     for turn in range(ROUNDS + 1):
         prompts = [
             [draw.randrange(vocab) for _ in range(options.prompt_tokens)]
-            for _ in range(options.batch)
+            for _ in range(options.requests)
         ]
         llm.generate(prompts, params)
         samples = watch.take()
@@ -208,18 +206,18 @@ def build_profiles(
     prefills, decodes = [], []
     for run in runs:
         spans = [_measure_span(step, after) for step, after in pairwise(run)]
-        first = [step.times.tokens == options.batch for step in run].index(True)
+        first = [step.times.tokens == options.requests for step in run].index(True)
         prefills.append(spans[:first])
-        decodes += spans[first : first + options.steps]
+        decodes += spans[first : first + options.new_tokens]
     prefills.sort(key=lambda spans: sum(span.wall_ns for span in spans))
     chosen = prefills[len(prefills) // 2]
-    shape = StepShape((RowShape(options.prompt_tokens, 0, 1),) * options.batch)
+    shape = StepShape((RowShape(options.prompt_tokens, 0, 1),) * options.requests)
     prefill = _build("prefill", chosen, 1, get_op_work(spec, shape, kv_element), device)
     decodes.sort(key=lambda span: span.wall_ns)
     quarter = len(decodes) // 4
     middle = decodes[quarter : len(decodes) - quarter]
-    depth = options.prompt_tokens + options.steps // 2
-    shape = StepShape((RowShape(1, depth, 1),) * options.batch)
+    depth = options.prompt_tokens + options.new_tokens // 2
+    shape = StepShape((RowShape(1, depth, 1),) * options.requests)
     decode = _build("decode", middle, len(middle), get_op_work(spec, shape, kv_element), device)
     return prefill, decode
 

@@ -6,7 +6,7 @@ import sys
 
 from twostroke.cli import options
 from twostroke.cli.compose import build_engine
-from twostroke.cli.settings import EngineSettings
+from twostroke.cli.settings import EngineSettings, get_machine_settings
 from twostroke.cli.summary import format_summary
 from twostroke.engine.async_llm import AsyncLLM
 from twostroke.server.serve import ServeOptions, run
@@ -17,9 +17,7 @@ def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOpti
     built = build_engine(
         EngineSettings(
             model=model,
-            backend=on.backend,
-            threads=on.threads,
-            kv=on.kv,
+            **get_machine_settings(on),
             kv_memory=serving.kv_memory,
             step_tokens=serving.step_tokens,
             max_rows=serving.max_rows,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twostroke.errors import DeviceError
+from twostroke.exec.cuda_memory import CudaOptions
 from twostroke.exec.local import LocalExecutor, RunnerSizes
 from twostroke.weights.load import OpenModel
 from twostroke.weights.packed import PackedFiles
+
+if TYPE_CHECKING:
+    from twostroke.exec.cuda_open import OpenedExecutor
 
 BACKENDS = ("cpu", "reference")
 
@@ -35,3 +40,18 @@ def build_executor(
         ) from error
     files = None if packed is None else PackedFiles(packed, model.identities)
     return LocalExecutor(CpuRunner(model.spec, model.tensors, sizes, files=files), sizes)
+
+
+def build_cuda_executor(model: OpenModel, options: CudaOptions) -> OpenedExecutor:
+    """An executor on a GPU, its weights loaded and its steps captured, and its KV pool's plan.
+
+    Raises DeviceError where PyTorch or Triton is missing, where there is no such GPU, or where the
+    model does not fit, and UnsupportedModel when this backend cannot run the model.
+    """
+    try:
+        from twostroke.exec.cuda_open import open_executor
+    except ImportError as error:
+        raise DeviceError(
+            f"--device {options.device} cannot be used ({error}): pip install 'twostroke[cuda]'"
+        ) from error
+    return open_executor(model.spec, model.tensors, options)

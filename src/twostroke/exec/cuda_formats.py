@@ -9,7 +9,7 @@ the parts are brought to the least that holds all of them exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
@@ -118,6 +118,17 @@ def choose_quantising(spec: ModelSpec, name: str, quantise: str) -> str:
     if not quantise or (name == "embed" and not spec.tied_embeddings):
         return ""
     return "int8" if name in ("embed", "head") else quantise
+
+
+def describe_held(spec: ModelSpec, quantise: str) -> ModelSpec:
+    """The model as if it had been stored the way `quantise` makes it, for counting its work."""
+    formats = dict(spec.formats)
+    for tensor in spec.tensors():
+        chosen = choose_quantising(spec, tensor.name, quantise)
+        if chosen and len(tensor.shape) == 2 and not tensor.format.is_quantised:
+            # The same integers and scales: 32 weights and their two bytes.
+            formats[tensor.name] = Format.Q4_0 if chosen == "int4" else Format.Q8_0
+    return replace(spec, formats=tuple(formats.items()))
 
 
 def get_device_bytes(spec: ModelSpec, quantise: str = "") -> int:
