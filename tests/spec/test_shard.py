@@ -9,7 +9,7 @@ import pytest
 from twostroke.errors import DeviceError
 from twostroke.spec.model import LayerSpec, ModelSpec, RopeLayout, RopeSpec
 from twostroke.spec.quant import Format
-from twostroke.spec.shard import Shard, shard_spec
+from twostroke.spec.shard import Shard, shard_spec, take_layers
 
 WORLDS = [1, 2, 4, 8]
 GROUPED = ModelSpec(
@@ -105,6 +105,18 @@ def test_a_divided_head_is_no_longer_the_embedding_but_stored_like_it() -> None:
     shard = shard_spec(replace(GROUPED, formats=(("embed", Format.Q8_0),)), 0, 2)
     assert not shard.spec.tied_embeddings
     assert dict(shard.spec.formats)["head"] is Format.Q8_0
+
+
+def test_a_stages_layers_are_counted_from_zero_and_keep_what_they_are() -> None:
+    windows = tuple(replace(GROUPED.layers[0], window=size) for size in (1, 2, 3, 4))
+    formats = tuple((f"layers.{index}.q", list(Format)[index]) for index in range(4))
+    spec = replace(GROUPED, layers=windows, formats=(*formats, ("embed", Format.F16)))
+    stage = take_layers(spec, range(1, 3))
+    assert [layer.window for layer in stage.layers] == [2, 3]
+    kept = {name: spec for name, spec in stage.formats if name.startswith("layers.")}
+    assert kept == {"layers.0.q": list(Format)[1], "layers.1.q": list(Format)[2]}
+    assert dict(stage.formats)["embed"] is Format.F16
+    assert take_layers(spec, range(4)) == spec
 
 
 @pytest.mark.parametrize(

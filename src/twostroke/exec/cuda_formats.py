@@ -131,9 +131,16 @@ def describe_held(spec: ModelSpec, quantise: str) -> ModelSpec:
     return replace(spec, formats=tuple(formats.items()))
 
 
-def get_device_bytes(spec: ModelSpec, quantise: str = "") -> int:
-    """Bytes of all weights on the device; norms and biases are counted as float32."""
-    matrices = sum(each.get_bytes(*shape) for _, each, *shape in list_matrices(spec, quantise))
+def get_device_bytes(spec: ModelSpec, quantise: str = "", world: int = 1) -> int:
+    """Bytes of all weights on the device; norms and biases are counted as float32.
+
+    spec: of one rank's share where `world` ranks share the model (see spec/shard.py), of whose
+    head it has one part.
+    """
+    matrices = sum(
+        each.get_bytes(-(-outputs // world) if name == "head" else outputs, inputs)
+        for name, each, outputs, inputs in list_matrices(spec, quantise)
+    )
     vectors = sum(4 * each.num_weights for each in spec.tensors() if len(each.shape) == 1)
     return matrices + vectors
 

@@ -131,7 +131,7 @@ def get_needs(spec: ModelSpec, options: CudaOptions) -> MemoryNeeds:
     # A step of prompt must find room for its own keys and values.
     least = min(options.step_tokens, options.context_tokens)
     return MemoryNeeds(
-        weights=get_device_bytes(spec, options.quantise),
+        weights=get_device_bytes(spec, options.quantise, options.world),
         buffers=_get_buffer_bytes(spec, options),
         graphs=_RUNGS * _LAYER_LAUNCHES * (spec.num_layers + 1) * _LAUNCH_BYTES,
         block_bytes=block_bytes,

@@ -92,6 +92,25 @@ def shard_spec(spec: ModelSpec, rank: int, world: int) -> Shard:
     return Shard(rank, world, own, heads, kv_heads, ffn, vocab, rows)
 
 
+def take_layers(spec: ModelSpec, layers: range) -> ModelSpec:
+    """The model of these layers alone, counted from 0, as a pipeline stage computes it.
+
+    Embedding, final norm and head stay in the description, whether the stage has them or not.
+    """
+    assert 0 <= layers.start < layers.stop <= spec.num_layers
+    assert layers.step == 1
+    formats = []
+    for name, stored in spec.formats:
+        head, _, rest = name.partition(".")
+        index, _, short = rest.partition(".")
+        if head != "layers":
+            formats.append((name, stored))
+        elif int(index) in layers:
+            formats.append((f"layers.{int(index) - layers.start}.{short}", stored))
+    own = spec.layers[layers.start : layers.stop]
+    return replace(spec, layers=own, formats=tuple(formats))
+
+
 def _add_head(spec: ModelSpec) -> tuple[tuple[str, Format], ...]:
     """The model's formats, with the embedding's for a head that was tied to it."""
     formats = dict(spec.formats)
