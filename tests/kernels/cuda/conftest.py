@@ -1,13 +1,13 @@
-"""The interpreter rounds as a GPU does while kernels are tested in it."""
+"""The interpreter treats narrow floats as a GPU does while kernels are tested in it."""
 
 from __future__ import annotations
 
 import pytest
 
-from triton_rounding import repair_rounding
+from triton_repair import repair_interpreter
 
 
 @pytest.fixture(scope="session", autouse=True)
 def rounding() -> None:
-    """See triton_rounding.py."""
-    repair_rounding()
+    """See triton_repair.py."""
+    repair_interpreter()

@@ -1,8 +1,9 @@
-"""Repairs how Triton's interpreter rounds: to nearest even, as a GPU does.
+"""Repairs Triton's interpreter where it treats narrow floats unlike a GPU.
 
-The interpreter of Triton 3.6 drops the bits that bfloat16 and 8-bit floats have no room for, which
-doubles their error; bounds that hold on a GPU would have to be loosened for it. Its own float16
-conversions, NumPy's, are right and stay.
+The interpreter of Triton 3.6 cuts off the bits that bfloat16 and 8-bit floats have no room for,
+which doubles their error, and multiplies matrices of bfloat16 as the integers it keeps them in.
+Bounds that hold on a GPU would have to be loosened for it, or kernels written around it. Its
+float16, NumPy's, is right and stays.
 """
 
 from __future__ import annotations
@@ -23,29 +24,37 @@ TORCH_TYPES = {
 NARROW = (tl.bfloat16, tl.float8e4nv)
 
 
-def repair_rounding() -> None:
-    """Make conversions from and to bfloat16 and float8e4nv round to nearest; once is enough."""
+def repair_interpreter() -> None:
+    """Convert from and to narrow floats, and multiply them, as a GPU does; once is enough."""
     builder = interpreter.InterpreterBuilder
-    if getattr(builder, "rounds_to_nearest", False):
+    if getattr(builder, "is_repaired", False):
         return
-    cast, convert = builder.cast_impl, builder.create_fp_to_fp
+    cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if is_repaired(source, target):
+        if is_narrow(source, target):
             return round_to_nearest(source, target)
         return cast(self, source, target)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if is_repaired(source, target):
+        if is_narrow(source, target):
             return round_to_nearest(source, target)
         return convert(self, source, target, rounding)
 
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        wide = [
+            round_to_nearest(each, tl.float32) if each.dtype.scalar in NARROW else each
+            for each in (a, b)
+        ]
+        return dot(self, *wide, *others)
+
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
-    builder.rounds_to_nearest = True
+    builder.create_dot = create_dot
+    builder.is_repaired = True
 
 
-def is_repaired(source: Any, target: Any) -> bool:
+def is_narrow(source: Any, target: Any) -> bool:
     """Whether this conversion is between floats and one of them is narrow."""
     pair = (source.dtype.scalar, target.scalar)
     return all(each in TORCH_TYPES for each in pair) and any(each in NARROW for each in pair)
