@@ -14,16 +14,14 @@ from dataclasses import replace
 
 import pytest
 
-from loop_bench import Recorder
 from places import REPO
+from rank_engine import Engine
 from rank_fakes import (
-    BLOCK_TOKENS,
     DIE,
     FAIL,
     HANG,
     LEAVE,
     LOSE,
-    NUM_BLOCKS,
     STOP,
     Answers,
     ToyJob,
@@ -31,18 +29,14 @@ from rank_fakes import (
     make_plan,
     open_toys,
 )
-from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import (
     Failed,
     Finished,
     Request,
-    SchedulerConfig,
     SequenceId,
     StepOutcome,
     StepPlan,
 )
-from twostroke.engine.clock import MonotonicClock
-from twostroke.engine.loop import EngineLoop, LoopPolicy
 from twostroke.errors import CorruptModel, DeviceError, ExecutorLost
 from twostroke.exec.ranks import RankGroup
 
@@ -235,54 +229,19 @@ def test_ranks_do_not_outlive_a_killed_parent() -> None:
     assert all(map(has_ended, pids))
 
 
-class Engine:
-    """A loop with its real scheduler over a group."""
-
-    def __init__(self, group: RankGroup) -> None:
-        config = SchedulerConfig(
-            num_blocks=NUM_BLOCKS,
-            block_tokens=BLOCK_TOKENS,
-            step_tokens=32,
-            max_rows=4,
-            context_tokens=60,
-            vocab_size=1000,
-        )
-        self.recorder = Recorder()
-        self._arrived = threading.Event()
-        self.loop = EngineLoop(
-            Scheduler(config),
-            group,
-            MonotonicClock(),
-            self.recorder,
-            LoopPolicy(max_in_flight=2),
-            self._arrived.set,
-        )
-
-    def run(self, steps: int = 1000) -> None:
-        """Pumps until nothing is live, or so many steps were committed."""
-        self.loop.pump()
-        while self.loop.num_live and len(self.recorder.committed) < steps:
-            assert self._arrived.wait(20.0)
-            self._arrived.clear()
-            self.loop.pump()
-
-
 def test_the_engine_serves_over_ranks_and_fails_every_request_when_one_dies() -> None:
     with toys(1) as alone, toys() as group:
-        engines = [Engine(alone), Engine(group)]
+        engines = [Engine(alone, 1000), Engine(group, 1000)]
         for engine in engines:
-            for name in "ab":
-                engine.loop.submit(Request(name, (1, 2, ord(name)), 9))
+            engine.submit(Request("a", (1, 2, 3), 9), Request("b", (4, 5, 6), 9))
             engine.run()
-        assert engines[0].recorder.tokens == engines[1].recorder.tokens
-        assert set(engines[1].recorder.endings.values()) == {Finished("length")}
-        engine = engines[1]
-        for name in "cd":
-            engine.loop.submit(Request(name, (1, 2, 3), 25))
-        engine.run(len(engine.recorder.committed) + 3)
+        assert engines[0].answers == engines[1].answers
+        assert {one.ending for one in engine.answers.values()} == {Finished("length")}
+        engine.submit(Request("c", (1, 2, 3), 25), Request("d", (1, 2, 3), 25))
+        engine.run(engine.num_committed + 3)
         os.kill(group.pids[1], signal.SIGKILL)
         engine.run()
         for name in "cd":
-            ending = engine.recorder.endings[SequenceId(name, 0)]
+            ending = engine.answers[SequenceId(name, 0)].ending
             assert isinstance(ending, Failed)
             assert "rank 1 of 2 was killed by SIGKILL" in ending.reason

@@ -135,7 +135,9 @@ class Collectives:
         if not kept or kept[-1].numel() < needed:
             kept.append(torch.empty(needed, dtype=part.dtype, device=part.device))
         parts = kept[-1][:needed]
-        dist.all_gather_into_tensor(parts, part.view(-1), group=self._groups.stage)
+        # The same under the name it has from PyTorch 2.13 on, which warns of the one before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts, part.view(-1), group=self._groups.stage)
         return parts.view(ranks, *part.shape)
 
 
