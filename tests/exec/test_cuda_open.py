@@ -1,4 +1,4 @@
-"""Laws of opening a GPU: what is allocated is what was planned, and what does not fit never loads."""
+"""Laws of opening a GPU: the pool is the one planned, and what does not fit is never read."""
 
 from __future__ import annotations
 
