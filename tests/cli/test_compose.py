@@ -169,7 +169,7 @@ def test_a_gpus_pool_is_settled_once_its_executor_knows_what_is_left(
 ) -> None:
     opened: list[OpenedFake] = []
 
-    def open_fake(model: OpenModel, options: CudaOptions) -> OpenedFake:
+    def open_fake(model: OpenModel, options: CudaOptions, progress: object) -> OpenedFake:
         opened.append(OpenedFake(model, options))
         return opened[-1]
 
@@ -202,7 +202,7 @@ def test_a_gpu_without_what_drives_it_is_refused_with_the_way_out(
         open_model(model_file) as model,
         pytest.raises(DeviceError, match=r"pip install 'twostroke\[cuda\]'"),
     ):
-        build.build_cuda_executor(model, options)
+        build.build_cuda_executor(model, options, lambda done, total: None)
 
 
 def test_a_head_size_the_kernels_lack_is_refused_with_the_way_out(tmp_path: Path) -> None:

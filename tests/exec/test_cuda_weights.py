@@ -274,13 +274,14 @@ def test_stages_hold_their_layers_counted_from_zero_and_the_ends_their_own(devic
 
 
 def test_progress_ends_with_every_byte_of_the_file(device: str) -> None:
-    heard: list[tuple[int, int]] = []
     tensors = make_tensors(WIDE, Format.F16)
-    load_weights(WIDE, tensors, make_target(device), lambda *now: heard.append(now))
     total = sum(tensor.data.nbytes for tensor in tensors.values())
-    assert heard[-1] == (total, total)
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert len(heard) == len(tensors)
+    for world in (1, 2):
+        heard: list[tuple[int, int]] = []
+        target = make_target(device, world=world)
+        load_weights(WIDE, tensors, target, lambda *now: heard.append(now))  # noqa: B023
+        assert heard[-1] == (total, total)
+        assert [done for done, _ in heard] == sorted(done for done, _ in heard)
 
 
 def test_experts_are_refused_by_name(device: str) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
+from twostroke.cli.loading import LoadingLine
 from twostroke.cli.machine import read_machine
 from twostroke.cli.settings import (
     EngineSettings,
@@ -125,7 +127,7 @@ def _build_on_gpu(
         quantise=settings.weights,
         exact=settings.exact,
     )
-    opened = build_cuda_executor(model, options)
+    opened = build_cuda_executor(model, options, LoadingLine(sys.stderr))
     plan = opened.plan
     return opened.executor, settle_pool(settings, model.spec, plan.num_blocks, plan.reason)
 

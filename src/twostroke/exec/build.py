@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,12 @@ def build_executor(
     return LocalExecutor(CpuRunner(model.spec, model.tensors, sizes, files=files), sizes)
 
 
-def build_cuda_executor(model: OpenModel, options: CudaOptions) -> OpenedExecutor:
+def build_cuda_executor(
+    model: OpenModel, options: CudaOptions, progress: Callable[[int, int], None]
+) -> OpenedExecutor:
     """An executor on a GPU, its weights loaded and its steps captured, and its KV pool's plan.
 
+    progress: called after each weight with the bytes of the file that are done and those there are.
     Raises DeviceError where PyTorch or Triton is missing, where there is no such GPU, or where the
     model does not fit, and UnsupportedModel when this backend cannot run the model.
     """
@@ -54,4 +58,4 @@ def build_cuda_executor(model: OpenModel, options: CudaOptions) -> OpenedExecuto
         raise DeviceError(
             f"--device {options.device} cannot be used ({error}): pip install 'twostroke[cuda]'"
         ) from error
-    return open_executor(model.spec, model.tensors, options)
+    return open_executor(model.spec, model.tensors, options, progress)

@@ -138,6 +138,8 @@ class _Loader:
             weights["final_norm"] = self._load_vector("final_norm")
             if has_own_head:
                 weights["head"] = _whole(self._load_head())
+        if self._done < self._total:  # the rest belongs to others
+            self._progress(self._total, self._total)
         return weights
 
     def _load_layer(self, stored: str, named: str) -> None:
