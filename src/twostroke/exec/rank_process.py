@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+from twostroke import errors
 from twostroke.exec.rank_wire import Broken, GroupEnd
 from twostroke.spec.ranks import RankPlace
 
@@ -109,8 +110,7 @@ def explain(ranks: list[RankProcess], rank: RankProcess, text: str) -> str:
 
 
 def get_text(broken: Broken) -> str:
-    """An error that a rank reports, in one line."""
-    first = broken.text.strip().partition("\n")[0]
-    if "out of memory" in first.lower():
-        return f"out of memory: {first}"
-    return f"{broken.kind}: {first}" if first else broken.kind
+    """An error that a rank reports: our own in full, of others the class and the first line."""
+    if hasattr(errors, broken.kind):
+        return broken.text
+    return f"{broken.kind}: {broken.text.strip().partition(chr(10))[0]}"

@@ -361,7 +361,7 @@ def _combine(infos: Sequence[ExecutorInfo], layout: RankLayout) -> ExecutorInfo:
     drawing = infos[layout.sampling_rank]
     return replace(
         drawing,
-        device=f"{layout.world} x {drawing.device}",
+        device=f"{layout.world} x {drawing.device.partition(':')[0]}",
         kv_bytes=sum(info.kv_bytes for info in infos),
         weight_bytes=sum(info.weight_bytes for info in infos),
         max_step_tokens=min(info.max_step_tokens for info in infos),
