@@ -72,7 +72,7 @@ def product(
     product, which is slower where outputs are few. With a norm, x times its weight must not
     overflow.
     """
-    config = config or choose_few(x.shape[0], matrix, bool(fused.gate), work is not None)
+    config = config or choose_few(x.shape[0], matrix, work is not None)
     _launch(out, x, matrix, fused, work, config)
 
 
@@ -178,7 +178,7 @@ def _launch(
     if tokens == 0:
         return
     overlap = can_overlap(x.device)
-    tiles = config.get_tiles(get_layout(matrix), inputs, fused.gate, _is_compiled(), overlap)
+    tiles = config.get_tiles(matrix, fused.gate, _is_compiled(), overlap)
     grid = config.get_grid(tokens, outputs)
     memory: tuple[Tensor | None, Tensor | None] = (None, None)
     if config.parts > 1:

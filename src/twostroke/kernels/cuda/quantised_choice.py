@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import triton
 
 from twostroke.kernels.cuda.quantised_kernel import Tiles
-from twostroke.kernels.cuda.quantised_layout import Layout
+from twostroke.kernels.cuda.quantised_layout import get_layout
 from twostroke.kernels.cuda.types import QuantMatrix
 
 # Programs that a product is cut into if it can be: some for every processor of a large device.
 PROGRAMS = 400
+MAX_PARTS = 8
+# Outputs from which there are programs enough for each to read a larger share of the inputs.
+LARGE = 16384
 # Tokens up to which many rows are multiplied without writing the weights out first.
 FUSED_TOKENS = 256
 
@@ -31,14 +34,17 @@ class Config:
     warps: int = 4
     stages: int = 4
     scale_weights: bool = False
-    prefetch: int = 0
+    prefetch: int = 4
 
     def get_grid(self, tokens: int, outputs: int) -> tuple[int, int, int]:
         """Programs: token tiles, row tiles, parts."""
         return (triton.cdiv(tokens, self.columns), triton.cdiv(outputs, self.rows), self.parts)
 
-    def get_tiles(self, layout: Layout, inputs: int, gate: str, asm: bool, overlap: bool) -> Tiles:
+    def get_tiles(self, matrix: QuantMatrix, gate: str, asm: bool, overlap: bool) -> Tiles:
         """The constants of the kernel."""
+        layout, inputs = get_layout(matrix), matrix.inputs
+        # The device asks for whole runs of rows, at addresses of 16 bytes.
+        can_prefetch = overlap and matrix.outputs % 8 == 0 and matrix.outputs >= 2 * self.rows
         return Tiles(
             layout=layout,
             gate=gate,
@@ -50,7 +56,7 @@ class Config:
             stages=self.stages,
             # Minimums and groups that end within a piece are only known to weights.
             scale_weights=self.scale_weights or layout.minimums or layout.group < 32,
-            prefetch=self.prefetch if overlap else 0,
+            prefetch=self.prefetch if can_prefetch else 0,
             asm=asm,
             overlap=overlap,
         )
@@ -61,30 +67,38 @@ def is_fused(tokens: int) -> bool:
     return tokens <= FUSED_TOKENS
 
 
-def choose_few(tokens: int, matrix: QuantMatrix, gated: bool, shared: bool) -> Config:
-    """Tiles for 1 to 64 tokens. shared: there is memory for parts."""
-    stages = 3 if matrix.bits * matrix.group >= 512 else 4
+def choose_few(tokens: int, matrix: QuantMatrix, is_shared: bool) -> Config:
+    """Tiles for 1 to 64 tokens. is_shared: there is a workspace for parts."""
+    layout = get_layout(matrix)
+    columns = triton.next_power_of_2(tokens)
+    # A narrow side of 8 columns costs what one column costs, and of 16 hardly more.
     if tokens == 1:
-        if matrix.outputs > 16384:
-            return Config(slices=4, rows=32, columns=2, stages=stages)
-        return Config(slices=8, rows=16, columns=1, stages=stages)
-    columns = max(2, triton.next_power_of_2(tokens))
-    if columns <= 8:
-        slices = 16 // columns if columns > 2 else 4
-        config = Config(slices, 128 // slices, columns, stages=stages)
-    elif columns <= 16:
-        config = Config(1, 128, columns, stages=stages)
+        slices = 8 if matrix.outputs <= LARGE else 4
+        columns = 8 // slices
+    elif tokens <= 8:
+        slices = min(4, 16 // columns)
     else:
-        config = Config(1, 128, columns, stages=3, scale_weights=True)
-    return config
+        slices = 1
+    rows = 128 // slices
+    # A stage of a cell of two or four blocks holds as much as two or four stages of one.
+    stages = {1: 4, 2: 3, 4: 2}[layout.unroll]
+    parts = _count_parts(matrix, slices, rows) if is_shared else 1
+    return Config(slices, rows, columns, parts, stages=stages, scale_weights=tokens > 16)
 
 
 def choose_many(tokens: int) -> Config:
-    """Tiles for more."""
-    columns = 64 if tokens <= 64 else 128
-    return Config(1, 128, columns, warps=8, stages=3, scale_weights=True)
+    """Tiles for more tokens."""
+    return Config(1, 128, 128, warps=8, stages=3, scale_weights=True, prefetch=0)
 
 
-def choose_exact(matrix: QuantMatrix, shared: bool) -> Config:
+def choose_exact(matrix: QuantMatrix, is_shared: bool) -> Config:
     """Tiles for any number of tokens: they depend on nothing but the matrix."""
-    return Config(1, 64, 32, stages=4, scale_weights=True)
+    parts = _count_parts(matrix, 1, 64) if is_shared else 1
+    return Config(1, 64, 32, parts, stages=4, scale_weights=True)
+
+
+def _count_parts(matrix: QuantMatrix, slices: int, rows: int) -> int:
+    """Parts that make PROGRAMS programs of a product, each of at least two steps."""
+    tiles = triton.cdiv(matrix.outputs, rows)
+    steps = get_layout(matrix).count_cells(matrix.inputs) // slices
+    return max(1, min(MAX_PARTS, PROGRAMS // tiles, steps // 2))

@@ -82,13 +82,14 @@ def multiply(places, tokens, matrix, fused, work, TILES: tl.constexpr):
     """
     out, x, out_stride, x_stride = places
     token_tile, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if TILES.overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     first = token_tile * TILES.columns
     steps = tl.cdiv(matrix[4], TILES.cell * TILES.slices)
     share = tl.cdiv(steps, TILES.parts)
     span = (part * share, tl.minimum(part * share + share, steps))
+    if TILES.overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+        if TILES.prefetch > 0:
+            prefetch(matrix, tile, span[0], TILES)
     source = (x + first.to(tl.int64) * x_stride, x_stride, tokens - first, fused[0])
     total, squares = accumulate(source, matrix, tile, span, TILES)
     total, squares = fold(total, squares, TILES)
@@ -122,6 +123,53 @@ def load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def prefetch(matrix, tile, begin, TILES: tl.constexpr):
+    """Ask for what a program reads in its first steps to come to the second cache.
+
+    Weights do not depend on the launches before this one, so this is done before waiting for them.
+    """
+    packed, scales, minimums, outputs, inputs = matrix
+    RUNS: tl.constexpr = 1 if TILES.gate == "" else 2
+    ROWS: tl.constexpr = TILES.rows // RUNS
+    CELLS: tl.constexpr = TILES.prefetch * TILES.slices
+    width = outputs // RUNS
+    last = tl.cdiv(inputs, TILES.cell) - 1
+    row = tl.minimum(tile * ROWS, width - ROWS)
+    BLOCKS: tl.constexpr = CELLS * TILES.layout.unroll
+    at = tl.arange(0, BLOCKS * RUNS)
+    cell = tl.minimum(begin * TILES.slices + at // RUNS // TILES.layout.unroll, last)
+    block = cell * TILES.layout.unroll + at // RUNS % TILES.layout.unroll
+    ask_for(packed + (block * outputs + at % RUNS * width + row) * DEPTH, ROWS * 2 * DEPTH)
+    PAIRS: tl.constexpr = CELLS * TILES.layout.pairs
+    at = tl.arange(0, PAIRS * RUNS)
+    cell = tl.minimum(begin * TILES.slices + at // RUNS // TILES.layout.pairs, last)
+    pair = cell * TILES.layout.pairs + at // RUNS % TILES.layout.pairs
+    ask_for(scales + pair * outputs + at % RUNS * width + row, ROWS * 4)
+    if minimums is not None:
+        ask_for(minimums + pair * outputs + at % RUNS * width + row, ROWS * 4)
+
+
+@triton.jit
+def ask_for(places, BYTES: tl.constexpr):
+    """Ask for the BYTES from each of these places on, a sector of 32 bytes at a time."""
+    sectors = places.to(tl.int64)[:, None] + 32 * tl.arange(0, BYTES // 32)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [sectors],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def get_bound(x, ASM: tl.constexpr):
+    """x as the bound of a loop: the interpreter wants a number there and has an array of one."""
+    return x if ASM else x.handle.data.item()
+
+
+@triton.jit
 def accumulate(source, matrix, tile, span, TILES: tl.constexpr):
     """Sums over the inputs of steps span[0] … span[1] - 1: (height, width), float32.
 
@@ -143,7 +191,10 @@ def accumulate(source, matrix, tile, span, TILES: tl.constexpr):
     is_live = (column // TILES.slices < source[2])[None, :]
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
     squares = tl.zeros([DEPTH, WIDTH], tl.float32)
-    for _ in tl.range(span[0], span[1], num_stages=TILES.stages):
+    if TILES.overlap:
+        tl.extra.cuda.gdc_wait()
+    begin, end = get_bound(span[0], TILES.asm), get_bound(span[1], TILES.asm)
+    for _ in tl.range(begin, end, num_stages=TILES.stages):
         weights_at = (words_at, pairs_at, cell * TILES.cell < inputs)
         inputs_at = (x_at, input_at, is_live, source[3])
         total, squares = add_cell(total, squares, weights_at, inputs_at, matrix, TILES)
@@ -287,23 +338,22 @@ def finish(target, total, squares, matrix, fused, TILES: tl.constexpr):
     out, out_stride, first, tokens, tile = target
     norm, bias, residual, residual_stride, eps = fused
     outputs, inputs = matrix[3], matrix[4]
-    token = first + tl.arange(0, TILES.columns)
+    HALF: tl.constexpr = TILES.rows // 2
+    COLUMNS: tl.constexpr = TILES.columns
+    GATE: tl.constexpr = TILES.gate
+    token = first + tl.arange(0, COLUMNS)
     if norm is not None:
         total *= tl.rsqrt(squares / inputs + eps)[None, :]
     if bias is not None:
         row = find_rows(tl.arange(0, TILES.rows), tile, outputs, TILES)
         total += tl.load(bias + row).to(tl.float32)[:, None]
-    if TILES.gate == "":
+    if GATE == "":
         width = outputs
         row = tile * TILES.rows + tl.arange(0, TILES.rows)
     else:
         width = outputs // 2
-        row = tile * (TILES.rows // 2) + tl.arange(0, TILES.rows // 2)
-        HALF: tl.constexpr = TILES.rows // 2
-        COLUMNS: tl.constexpr = TILES.columns
-        GATE: tl.constexpr = TILES.gate
-        pair = tl.reshape(total, (2, HALF, COLUMNS))
-        gate, up = tl.split(tl.permute(pair, (1, 2, 0)))
+        row = tile * HALF + tl.arange(0, HALF)
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, HALF, COLUMNS)), (1, 2, 0)))
         total = activate(gate, GATE) * up
     inside = (row < width)[:, None] & (token < tokens)[None, :]
     if residual is not None:
