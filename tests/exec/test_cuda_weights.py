@@ -172,8 +172,10 @@ def test_a_tied_embedding_is_held_once(device: str) -> None:
 
 @pytest.mark.parametrize("quantise", ["", "int8", "int4"])
 def test_weights_take_the_bytes_that_were_planned(quantise: str, device: str) -> None:
-    for format in (Format.F16, Format.Q4_K, Format.Q6_K):
-        spec = replace(WIDE, formats=tuple((each.name, format) for each in WIDE.tensors()))
+    odd = replace(WIDE, width=96, ffn_width=160)
+    cases = [(WIDE, Format.F16), (WIDE, Format.Q4_K), (WIDE, Format.Q6_K), (odd, Format.Q4_1)]
+    for sizes, format in cases:
+        spec = replace(sizes, formats=tuple((each.name, format) for each in sizes.tensors()))
         tensors = make_tensors(spec, format)
         weights = load_weights(spec, tensors, make_target(device, quantise=quantise))
         assert count_weight_bytes(weights) == pytest.approx(

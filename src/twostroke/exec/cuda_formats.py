@@ -39,10 +39,12 @@ class DeviceFormat:
         return self.bits < 16
 
     def get_bytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of a matrix (outputs, inputs)."""
-        weights = outputs * inputs
+        """Bytes of a matrix (outputs, inputs), its rows filled up to whole cells of the layout
+        (see kernels/cuda/quantised_layout.py)."""
         if not self.is_quantised:
-            return 2 * weights
+            return 2 * outputs * inputs
+        cell = max(32 * 16 // self.bits, 2 * self.group)
+        weights = outputs * -(-inputs // cell) * cell
         each = 4 if self.has_minimums else 2
         return weights * self.bits // 8 + weights // self.group * each
 

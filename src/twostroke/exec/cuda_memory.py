@@ -204,13 +204,13 @@ def _get_buffer_bytes(spec: ModelSpec, options: CudaOptions) -> int:
 def _explain_rest(free: int, total: int, needs: MemoryNeeds) -> str:
     """Where a pool comes from that takes what is left."""
     parts = [
-        ("weights", needs.weights),
-        ("buffers", needs.buffers),
-        ("graphs", needs.graphs),
+        ("for weights", needs.weights),
+        ("for buffers", needs.buffers),
+        ("for graphs", needs.graphs),
         ("kept free", get_reserve(total)),
     ]
     taken = " and ".join(f"{_show(count)} {name}" for name, count in parts if count)
-    return f"of {_show(free, is_room=True)} free, less {taken}"
+    return f"{_show(free, is_room=True)} free, less {taken}"
 
 
 def _explain_shortage(free: int, total: int, needs: MemoryNeeds, savings: Sequence[Saving]) -> str:
@@ -233,7 +233,11 @@ def _explain_shortage(free: int, total: int, needs: MemoryNeeds, savings: Sequen
         f"the model does not fit: {sums} = {needed:,} MiB, of {room:,} MiB free "
         f"({total // _MIB:,} MiB in all); {short:,} MiB are missing"
     ]
-    helping = sorted(savings, key=lambda each: (each.bytes // _MIB < short, -each.bytes))
+    # The least change that is enough comes first; of those that are not, what comes nearest.
+    helping = sorted(
+        savings,
+        key=lambda each: (0, each.bytes) if each.bytes // _MIB >= short else (1, -each.bytes),
+    )
     for each in helping:
         saved = each.bytes // _MIB
         if saved:
