@@ -131,15 +131,15 @@ def fit(folder: Path) -> Overheads:
     prefills, decodes = (points[::2] for points in read_steps(folder))
 
     def get_product_loss(overheads: Overheads) -> float:
-        return _get_loss(get_product_errors(products, overheads))
+        return get_loss(get_product_errors(products, overheads))
 
     def get_step_loss(overheads: Overheads) -> float:
-        losses = (_get_loss(get_errors(each, overheads)) for each in (prefills, decodes))
+        losses = (get_loss(get_errors(each, overheads)) for each in (prefills, decodes))
         return sum(losses)
 
     first = ("memory_efficiency", "matrix_efficiency", "kernel_ns")
-    fitted = _search(EAGER, first, get_product_loss)
-    return _search(fitted, _FITTED, get_step_loss)
+    fitted = search(EAGER, first, get_product_loss)
+    return search(fitted, _FITTED, get_step_loss)
 
 
 def judge(folder: Path, overheads: Overheads) -> Mapping[str, tuple[float, float]]:
@@ -161,11 +161,11 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _get_loss(errors: Vector) -> float:
+def get_loss(errors: Vector) -> float:
     return float(np.mean(np.abs(np.log1p(errors))))
 
 
-def _search(
+def search(
     start: Overheads, names: Sequence[str], get_loss: Callable[[Overheads], float]
 ) -> Overheads:
     """Overheads with `names` moved to the least loss (Nelder & Mead 1965, on logarithms).
