@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup run serve test check lint unit docs bench bench-peers clean
+.PHONY: help setup run serve test check lint unit docs bench bench-gpu bench-peers clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ docs: setup  ## Write docs/reference/cli.md anew from the commands themselves.
 bench: setup  ## Measure MODEL beside this machine's limits and every installed peer (BENCH=options).
 	@case "$$MODEL" in *-synthetic) ;; *) $(BIN)/twostroke pull "$$MODEL";; esac
 	@$(BIN)/python -m twostroke.bench --models "$$MODEL" $(BENCH)
+
+bench-gpu: setup  ## Measure the engine, its peers and the card on this machine's GPU (BENCH=options).
+	@$(BIN)/python -m twostroke.bench.gpu $(BENCH)
 
 bench-peers: setup  ## Install llama.cpp, OpenVINO, Transformers and vLLM for `make bench`.
 	@$(BIN)/python -m twostroke.bench.install
