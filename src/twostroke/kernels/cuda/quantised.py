@@ -177,8 +177,7 @@ def _launch(
     assert matrix.packed.numel() < 1 << 31, "the kernel counts words in 32 bits"
     if tokens == 0:
         return
-    overlap = can_overlap(x.device)
-    tiles = config.get_tiles(matrix, fused.gate, _is_compiled(), overlap)
+    tiles = config.get_tiles(matrix, fused.gate, _is_compiled(), can_overlap(x.device))
     grid = config.get_grid(tokens, outputs)
     memory: tuple[Tensor | None, Tensor | None] = (None, None)
     if config.parts > 1:
@@ -195,7 +194,7 @@ def _launch(
         memory,
         TILES=tiles,
         num_warps=config.warps,
-        launch_pdl=overlap,
+        launch_pdl=tiles.overlap,
     )
 
 

@@ -25,7 +25,7 @@ FUSED_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Tiles of a product (see quantised_kernel.py), its warps, and cells asked for ahead."""
+    """Tiles of a product (see quantised_kernel.py), its warps, and whether launches may overlap."""
 
     slices: int
     rows: int
@@ -35,14 +35,16 @@ class Config:
     stages: int = 4
     scale_weights: bool = False
     prefetch: int = 4
+    overlap: bool = True
 
     def get_grid(self, tokens: int, outputs: int) -> tuple[int, int, int]:
         """Programs: token tiles, row tiles, parts."""
         return (triton.cdiv(tokens, self.columns), triton.cdiv(outputs, self.rows), self.parts)
 
-    def get_tiles(self, matrix: QuantMatrix, gate: str, asm: bool, overlap: bool) -> Tiles:
+    def get_tiles(self, matrix: QuantMatrix, gate: str, asm: bool, can_overlap: bool) -> Tiles:
         """The constants of the kernel."""
         layout, inputs = get_layout(matrix), matrix.inputs
+        overlap = self.overlap and can_overlap
         # The device asks for whole runs of rows, at addresses of 16 bytes.
         can_prefetch = overlap and matrix.outputs % 8 == 0 and matrix.outputs >= 2 * self.rows
         return Tiles(
@@ -82,7 +84,7 @@ def choose_few(tokens: int, matrix: QuantMatrix, is_shared: bool) -> Config:
     rows = 128 // slices
     # A stage of a cell of two or four blocks holds as much as two or four stages of one.
     stages = {1: 4, 2: 3, 4: 2}[layout.unroll]
-    parts = _count_parts(matrix, slices, rows) if is_shared else 1
+    parts = count_parts(matrix, slices, rows) if is_shared else 1
     return Config(slices, rows, columns, parts, stages=stages, scale_weights=tokens > 16)
 
 
@@ -93,11 +95,11 @@ def choose_many(tokens: int) -> Config:
 
 def choose_exact(matrix: QuantMatrix, is_shared: bool) -> Config:
     """Tiles for any number of tokens: they depend on nothing but the matrix."""
-    parts = _count_parts(matrix, 1, 64) if is_shared else 1
+    parts = count_parts(matrix, 1, 64) if is_shared else 1
     return Config(1, 64, 32, parts, stages=4, scale_weights=True)
 
 
-def _count_parts(matrix: QuantMatrix, slices: int, rows: int) -> int:
+def count_parts(matrix: QuantMatrix, slices: int, rows: int) -> int:
     """Parts that make PROGRAMS programs of a product, each of at least two steps."""
     tiles = triton.cdiv(matrix.outputs, rows)
     steps = get_layout(matrix).count_cells(matrix.inputs) // slices
