@@ -1,0 +1,83 @@
+"""Drawing tokens and scoring them on a GPU, answering what kernels/reference/sampling.py answers.
+
+Owns the launches and their sizes. Nothing here waits for the device or reads from it, so all of it
+can be captured in a graph. Logits are (L, vocab) float32 with rows of any stride. Where penalties
+or biases are wanted the logits are changed in place and put back after the draw, bit for bit.
+
+Results do not depend on how a row is divided, on the other rows, or on the order in which programs
+run: sums are of integers (see sampling_values.py).
+"""
+
+from __future__ import annotations
+
+import triton
+
+from twostroke.kernels.cuda.sampling_search import search_kernel
+from twostroke.kernels.cuda.sampling_tensors import SamplingMode, SamplingTensors
+from twostroke.kernels.cuda.sampling_values import MAX_VOCAB
+from twostroke.kernels.cuda.sampling_weigh import (
+    BLOCK,
+    MAX_PARTS,
+    WEIGHED,
+    DrawScratch,
+    pick_kernel,
+    prepare_kernel,
+    scan_kernel,
+    weigh_kernel,
+)
+from twostroke.kernels.cuda.types import Tensor
+
+# Programs that a pass over all rows is divided into, about: enough to fill the largest GPUs.
+PROGRAMS = 2048
+
+
+def draw_greedy(tokens: Tensor, logits: Tensor, scratch: DrawScratch) -> None:
+    """Write each row's largest logit's id, the smallest of equal ones, to tokens (L,) int32.
+
+    NaN counts as -inf; a row of nothing else draws 0.
+    """
+    rows, vocab = _check(tokens, logits)
+    if not rows:
+        return
+    chunk, parts = divide_row(rows, vocab, BLOCK.value)
+    stride = logits.stride(0)
+    scan_kernel[(rows, parts)](scratch.best, None, logits, stride, vocab, chunk)
+    padded = triton.next_power_of_2(parts)
+    pick_kernel[(rows,)](tokens, scratch.best, parts, PARTS=padded, num_warps=1)
+
+
+def draw(
+    tokens: Tensor,
+    logits: Tensor,
+    sampling: SamplingTensors,
+    mode: SamplingMode,
+    scratch: DrawScratch,
+) -> None:
+    """Draw one token per row into tokens (L,) int32, as `sampling` says for each row."""
+    if mode.is_greedy:
+        draw_greedy(tokens, logits, scratch)
+        return
+    rows, vocab = _check(tokens, logits)
+    stride = logits.stride(0)
+    chunk, parts = divide_row(rows, vocab, BLOCK.value)
+    scan_kernel[(rows, parts)](scratch.best, scratch.lowest, logits, stride, vocab, chunk)
+    padded = triton.next_power_of_2(parts)
+    prepare_kernel[(rows,)](tokens, sampling, scratch, parts, PARTS=padded)
+    chunk, parts = divide_row(rows, vocab, WEIGHED.value)
+    weigh_kernel[(rows, parts)](logits, scratch, stride, vocab, chunk)
+    search_kernel[(rows,)](tokens, logits, sampling, scratch, stride, vocab, num_warps=8)
+
+
+def divide_row(rows: int, vocab: int, block: int) -> tuple[int, int]:
+    """Logits of a part, a multiple of `block`, and how many parts a row has."""
+    wanted = max(1, min(MAX_PARTS, PROGRAMS // rows))
+    chunk = block * triton.cdiv(triton.cdiv(vocab, wanted), block)
+    return chunk, triton.cdiv(vocab, chunk)
+
+
+def _check(tokens: Tensor, logits: Tensor) -> tuple[int, int]:
+    rows, vocab = logits.shape
+    assert tokens.shape == (rows,)
+    assert logits.stride(1) == 1
+    assert 0 < vocab <= MAX_VOCAB
+    return rows, vocab
