@@ -66,13 +66,11 @@ class GpuEngine:
             )
             shown = DeviceModel(spec, source.weights, source.dtype, sizes.exact)
             self._runner = CudaRunner(shown, pool, limits, self._device)
-            self._draws = DeviceDraws(
-                self._runner.drawn, spec.vocab_size, sizes.max_rows, self._device
-            )
+            self._draws = DeviceDraws(self._device, sizes.max_rows, spec.vocab_size)
             self._runner.capture()
         facts = CudaFacts(name, "cuda", source.matrix_bytes)
         self.executor = CudaExecutor(self._runner, self._draws, self._device, facts)
-        self._builder = BatchBuilder(sizes.max_rows)
+        self._max_rows = sizes.max_rows
 
     def use(self) -> contextlib.AbstractContextManager[None]:
         """Within it, work and events go to the stream that the engine's steps run on."""
@@ -83,11 +81,13 @@ class GpuEngine:
 
         Launched within `use`.
         """
-        batch = self._builder.build(plan)
+        # A builder of its own: another's next step would write into this one's arrays.
+        batch = BatchBuilder(self._max_rows).build(plan)
+        drawn = batch.step.logit_rows.size
 
         def launch() -> None:
             logits = self._runner.enqueue(batch.step)
-            self._draws.draw(logits, batch.first, 0)
+            self._draws.draw(logits, batch.first, self._runner.drawn[:drawn])
 
         return launch
 
