@@ -10,10 +10,18 @@ run: sums are of integers (see sampling_values.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 
+from twostroke.kernels.cuda.sampling_adjust import AdjustScratch, adjust, restore
 from twostroke.kernels.cuda.sampling_search import search_kernel
-from twostroke.kernels.cuda.sampling_tensors import SamplingMode, SamplingTensors
+from twostroke.kernels.cuda.sampling_tensors import (
+    SamplingCounts,
+    SamplingMode,
+    SamplingTensors,
+)
 from twostroke.kernels.cuda.sampling_values import MAX_VOCAB
 from twostroke.kernels.cuda.sampling_weigh import (
     BLOCK,
@@ -26,6 +34,28 @@ from twostroke.kernels.cuda.sampling_weigh import (
     weigh_kernel,
 )
 from twostroke.kernels.cuda.types import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingScratch:
+    """Memory of the kernels' own, for draws and for their penalties and biases."""
+
+    draw: DrawScratch
+    adjust: AdjustScratch
+
+    @classmethod
+    def allocate(cls, counts: SamplingCounts, device: torch.device | str) -> SamplingScratch:
+        """Scratch for up to so many rows, biases and history tokens."""
+        return cls(
+            DrawScratch.allocate(counts.rows, device),
+            AdjustScratch.allocate(counts.history, counts.biases, device),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes it takes."""
+        return self.draw.bytes + self.adjust.bytes
+
 
 # Programs that a pass over all rows is divided into, about: enough to fill the largest GPUs.
 PROGRAMS = 2048
@@ -51,20 +81,36 @@ def draw(
     logits: Tensor,
     sampling: SamplingTensors,
     mode: SamplingMode,
-    scratch: DrawScratch,
+    scratch: SamplingScratch,
 ) -> None:
-    """Draw one token per row into tokens (L,) int32, as `sampling` says for each row."""
+    """Draw one token per row into tokens (L,) int32, as `sampling` says for each row.
+
+    mode: of the same arrays. scratch: for at least L rows, and for `sampling`'s history and biases
+    where `mode.adjusts`.
+    """
+    if mode.adjusts:
+        adjust(logits, sampling, scratch.adjust)
     if mode.is_greedy:
-        draw_greedy(tokens, logits, scratch)
-        return
+        draw_greedy(tokens, logits, scratch.draw)
+    else:
+        _draw_weighed(tokens, logits, sampling, scratch.draw)
+    if mode.adjusts:
+        restore(logits, sampling, scratch.adjust)
+
+
+def _draw_weighed(
+    tokens: Tensor, logits: Tensor, sampling: SamplingTensors, scratch: DrawScratch
+) -> None:
     rows, vocab = _check(tokens, logits)
+    if not rows:
+        return
     stride = logits.stride(0)
     chunk, parts = divide_row(rows, vocab, BLOCK.value)
     scan_kernel[(rows, parts)](scratch.best, scratch.lowest, logits, stride, vocab, chunk)
     padded = triton.next_power_of_2(parts)
     prepare_kernel[(rows,)](tokens, sampling, scratch, parts, PARTS=padded)
     chunk, parts = divide_row(rows, vocab, WEIGHED.value)
-    weigh_kernel[(rows, parts)](logits, scratch, stride, vocab, chunk)
+    weigh_kernel[(rows, parts)](logits, scratch, stride, vocab, chunk, num_warps=8)
     search_kernel[(rows,)](tokens, logits, sampling, scratch, stride, vocab, num_warps=8)
 
 

@@ -6,6 +6,8 @@ so a row is never sorted. The bin of such a place is found by the bins' weights,
 narrowed by halves of their range while they are many, and the few that are left are sorted.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -39,22 +41,22 @@ from twostroke.kernels.cuda.sampling_values import (
 from twostroke.kernels.cuda.sampling_weigh import CHOSEN, NEAR
 from twostroke.kernels.cuda.types import Tensor
 
-SCAN = tl.constexpr(2048)  # candidates looked at together
-COMPARED = tl.constexpr(16)  # candidates that all chosen ones are compared with together
+SCAN = tl.constexpr(1024)  # candidates looked at together
+COMPARED = tl.constexpr(4)  # candidates that all chosen ones are compared with together
 
 
 class Source(NamedTuple):
     """Where a row's candidates are read: its list when `listed`, else all its logits.
 
-    row, values, ids: pointers to the logits and to the list. vocab, count: how many are to be read
-    of the logits, and of the place in use. chosen: pointer to CHOSEN packed candidates.
+    row, near_values, near_ids: pointers to the logits and to the list. vocab, length: how many to
+    read of the logits, and of what is read. chosen: pointer to CHOSEN packed candidates.
     """
 
     row: Tensor
-    values: Tensor
-    ids: Tensor
+    near_values: Tensor
+    near_ids: Tensor
     vocab: Tensor
-    count: Tensor
+    length: Tensor
     listed: Tensor
     chosen: Tensor
 
@@ -75,10 +77,10 @@ class Goal(NamedTuple):
 def load_candidates(source, start):
     """Clean values and ids of SCAN candidates; -inf beyond the end."""
     at = start + tl.arange(0, SCAN)
-    inside = at < source.count
+    inside = at < source.length
     listed = inside & source.listed
-    value = tl.load(source.values + at, mask=listed, other=float("-inf"))
-    token = tl.load(source.ids + at, mask=listed, other=0)
+    value = tl.load(source.near_values + at, mask=listed, other=float("-inf"))
+    token = tl.load(source.near_ids + at, mask=listed, other=0)
     direct = tl.load(source.row + at, mask=inside & (source.listed == 0), other=float("-inf"))
     return (
         clean(tl.where(source.listed, value, direct)),
@@ -96,7 +98,7 @@ def gather(source, facts, place, low, high):
     least = tl.full((), LARGEST_KEY, tl.int32)
     largest = tl.full((), LEAST_KEY, tl.int32)
     tl.debug_barrier()  # what was gathered before has been read by now
-    start, end = 0, source.count
+    start, end = 0, source.length
     while start < end:
         value, token = load_candidates(source, start)
         key = get_key(value)
@@ -118,7 +120,7 @@ def gather(source, facts, place, low, high):
 def measure(source, facts, place, low, high):
     """Number and units of the bin's candidates with keys above `low` up to `high`."""
     count, units = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
-    start, end = 0, source.count
+    start, end = 0, source.length
     while start < end:
         value, _ = load_candidates(source, start)
         key = get_key(value)

@@ -1,6 +1,6 @@
-"""Logits as the sampling kernels see them: without NaN, in an order of integers, weighed in integers.
+"""Logits as the sampling kernels see them: without NaN, and ordered and weighed by integers.
 
-Owns what the kernels must agree on: the total order (falling value, ties by rising id) as one 64-bit
+Owns what the kernels must agree on: the order (falling value, ties by rising id) as one 64-bit
 integer, and how a row's candidates are weighed. Weights are sums of integers, so that no result
 depends on the order in which they are added.
 
@@ -8,6 +8,8 @@ A row's values are cut into bins of equal width below its largest value, the las
 that is lighter than the others reach. A bin's weights are counted in units of 2^-(SHIFT + e), where
 2^-e is about the largest of them: as fine for unlikely tokens as for likely ones.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -104,7 +106,11 @@ def widen(x):
 def load_facts(facts):
     """RowFacts from a row of them."""
     return RowFacts(
-        tl.load(facts), tl.load(facts + 1), tl.load(facts + 2), tl.load(facts + 3), tl.load(facts + 4)
+        tl.load(facts),
+        tl.load(facts + 1),
+        tl.load(facts + 2),
+        tl.load(facts + 3),
+        tl.load(facts + 4),
     )
 
 

@@ -5,6 +5,9 @@ needs to know of itself before it can be weighed, and its random number; the wei
 (see sampling_values.py), with a list of the candidates that are not far, as long as it lasts.
 """
 
+# ruff: noqa: N803 (Triton's constants are upper case)
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -123,7 +126,7 @@ def pick_kernel(tokens, best, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def draw_uniform(sampling, row):
-    """The row's number in [0, 1), float64 with 53 random bits (Philox4x32-10, Salmon et al. 2011)."""
+    """The row's number in [0, 1), float64 with 53 random bits, by Philox4x32-10."""
     seed, counter = sampling.seed + 2 * row, sampling.counter + 4 * row
     low, high, _, _ = tl.philox_impl(
         tl.load(counter).to(tl.uint32, bitcast=True),
@@ -156,9 +159,7 @@ def prepare_kernel(tokens, sampling, scratch, parts, PARTS: tl.constexpr):
     tl.store(facts + 1, 0.0)
     if draws:
         largest = widen(best)
-        least = tl.min(
-            tl.load(scratch.lowest + row * parts + at, mask=inside, other=float("inf"))
-        )
+        least = tl.min(tl.load(scratch.lowest + row * parts + at, mask=inside, other=float("inf")))
         min_p = tl.load(sampling.min_p + row).to(tl.float64)
         cut = tl.where(min_p > 0, tl.minimum(min_p, 1.0), 1.0)
         depth = -temperature * tl.where(min_p > 0, tl.log(cut), FAR_LOG)
