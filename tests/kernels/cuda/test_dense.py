@@ -129,6 +129,28 @@ def test_logits_are_not_rounded(device: str, tokens: int) -> None:
         np.testing.assert_allclose(to_numpy(out), exact, rtol=1e-5, atol=1e-4)
 
 
+def test_launches_that_overlap_compute_the_same(device: str) -> None:
+    rng = np.random.default_rng()
+    layers, width = 6, 256
+    weights = [
+        [DenseMatrix(draw(rng, shape, torch.float16, device) / 16) for shape in shapes]
+        for shapes in [[(2 * width, width), (width, width)]] * layers
+    ]
+    norm = draw(rng, (width,), torch.float16, device)
+    for tokens in (1, 3):
+        start = draw(rng, (tokens, width), torch.float16, device)
+        results = []
+        for overlap in (False, None):
+            stream, hidden = start.clone(), poison(start.shape, torch.float16, device)
+            for up, down in weights:
+                gated, added = Fused(norm, EPS, gate="silu"), Fused(residual=stream)
+                product(hidden, stream, up, gated, overlap=overlap)
+                product(stream, hidden, down, added, overlap=overlap)
+            results.append(stream)
+        assert not torch.isnan(results[0]).any()
+        assert torch.equal(*results)
+
+
 def test_a_large_residual_stream_is_normed_in_full(device: str) -> None:
     rng = np.random.default_rng()
     for tokens in (1, 4):

@@ -40,14 +40,19 @@ PACE = Pace(least=4, most=12, budget_s=0.03)
 THREADS = 12
 
 VECTORS = (
-    Tile(8, 1024, 0, 4, 1, 4096),
-    Tile(8, 1024, 0, 4, 1),
-    Tile(16, 1024, 0, 4, 1, 4096),
-    Tile(4, 2048, 0, 8, 1, 4096),
-    Tile(16, 512, 0, 4, 1, 4096),
     Tile(8, 1024, 0, 4, 3, 4096),
-    Tile(16, 512, 0, 4, 4, 4096),
+    Tile(8, 1024, 0, 4, 3),
+    Tile(8, 1024, 0, 4, 4, 4096),
+    Tile(4, 1024, 0, 4, 4, 4096),
+    Tile(8, 512, 0, 2, 4, 4096),
+    Tile(16, 512, 0, 4, 3, 4096),
+    Tile(4, 2048, 0, 8, 3, 4096),
+    Tile(8, 1024, 0, 4, 1, 4096),
+    Tile(32, 256, 8, 4, 4, 1024),
 )
+# All of one instruction shape, so that their bits must agree.
+EXACT_FEW = tuple(Tile(64, 64, 128, 4, stages) for stages in (3, 4, 6))
+EXACT_MANY = (Tile(128, 64, 128, 8, 4), Tile(128, 64, 128, 4, 3), Tile(256, 64, 128, 8, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,30 +243,44 @@ def sweep_chain(sweep: Sweep) -> None:
 
 
 def sweep_exact(sweep: Sweep) -> None:
-    """The exact product beside torch.mm, of one token and of many; and that bits agree."""
+    """The exact product beside torch.mm, of few tokens and of many; and that bits agree."""
     sizes = sweep.sizes
-    for tokens in (1, 32, sizes.many):
-        shape = sizes.gate_up if tokens > 1 else sizes.o
+    cases = [(1, sizes.o, EXACT_FEW), (32, sizes.gate_up, EXACT_FEW)]
+    cases.append((sizes.many, sizes.gate_up, EXACT_MANY))
+    for tokens, shape, tiles in cases:
         matrices, x, out = (
             sweep.cut(shape),
             sweep.draw(tokens, shape[1]),
             sweep.draw(tokens, shape[0]),
         )
-        for name, run in {"exact": product_exact, "torch.mm": product_many}.items():
+        runs: dict[str, Callable[..., None]] = {
+            f"exact {describe(tile)}": partial(product_exact, tile=tile) for tile in tiles
+        }
+        sweep.warm([partial(run, out, x, matrices[0]) for run in runs.values()])
+        runs["torch.mm"] = product_many
+        for name, run in runs.items():
             sweep.check(run, x, matrices[0])
             seconds = sweep.time([partial(run, out, x, matrix) for matrix in matrices])
             text = sweep.share(matrices[0].bytes, seconds)
             if tokens == sizes.many:
                 text = f"{2 * tokens * shape[0] * shape[1] / seconds / 1e12:.0f} TFLOP/s"
             sweep.report(f"T{tokens} {name}", text, seconds=seconds)
-    matrix, x = sweep.cut(sizes.qkv)[0], sweep.draw(sizes.many, sizes.qkv[1])
-    together, alone = sweep.draw(sizes.many, sizes.qkv[0]), sweep.draw(1, sizes.qkv[0])
+    check_bits(sweep)
+
+
+def check_bits(sweep: Sweep) -> None:
+    """Count outputs of tokens alone, with each tile, that differ from those of all together."""
+    shape, many = sweep.sizes.o, sweep.sizes.many
+    matrix, x = sweep.cut(shape)[0], sweep.draw(many, shape[1])
+    together = sweep.draw(many, shape[0])
     product_exact(together, x, matrix)
     differing = 0
-    for token in range(0, sizes.many, max(1, sizes.many // 16)):
-        product_exact(alone, x[token : token + 1], matrix)
-        differing += int((alone[0] != together[token]).sum())
-    sweep.report("exact bits", f"{differing} outputs differ alone", differing=differing)
+    for tile in (*EXACT_FEW, *EXACT_MANY):
+        for first, last in [(0, 1), (many // 2, many // 2 + 1), (1, many - 1)]:
+            part = sweep.draw(last - first, shape[0])
+            product_exact(part, x[first:last], matrix, tile=tile)
+            differing += int((part != together[first:last]).sum())
+    sweep.report("exact bits", f"{differing} outputs differ", differing=differing)
 
 
 def sweep_small(sweep: Sweep) -> None:
@@ -309,8 +328,9 @@ def sweep(device: torch.device, parts: Sequence[str] = PARTS) -> list[dict[str, 
         sweep_tiles(run, 1, VECTORS)
     if "tiles" in parts:
         for tokens in (8, 16, 32, 64):
-            shapes = [(32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3)]
-            tiles = [Tile(r, c, tokens, w, s if tokens < 64 else 3, 1024) for r, c, w, s in shapes]
+            stages = 4 if tokens < 64 else 3
+            tiles = [Tile(32, 256, tokens, 4, stages, 1024), Tile(64, 256, tokens, 4, 3, 1024)]
+            tiles += [Tile(64, 128, tokens, 4, stages, prefetched) for prefetched in (0, 1024)]
             sweep_tiles(run, tokens, tiles)
     if "chain" in parts:
         sweep_chain(run)

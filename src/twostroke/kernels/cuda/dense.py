@@ -54,7 +54,7 @@ def choose_tile(tokens: int, outputs: int, inputs: int, normed: bool) -> Tile:
     programs than processors.
     """
     if tokens == 1:
-        return Tile(rows=8, columns=1024, tokens=0, warps=4, stages=1, prefetched=4096)
+        return Tile(rows=8, columns=1024, tokens=0, warps=4, stages=3, prefetched=4096)
     padded = max(8, triton.next_power_of_2(tokens))
     if outputs < 8192:
         stages = 4 if padded <= 32 else 3
@@ -98,16 +98,25 @@ def product(
         _launch_tiles(out, x, matrix, fused, tile, overlap)
 
 
-def product_exact(out: Tensor, x: Tensor, matrix: DenseMatrix, bias: Tensor | None = None) -> None:
+def product_exact(
+    out: Tensor,
+    x: Tensor,
+    matrix: DenseMatrix,
+    bias: Tensor | None = None,
+    tile: Tile | None = None,
+) -> None:
     """out (T, outputs) = x (T, inputs) times the matrix transposed, plus bias (outputs,).
 
     A row's bits do not depend on T nor on the other rows. out: float16, bfloat16 or float32.
+    tile: instead of what would be chosen, of EXACT_TOKENS tokens.
     """
     assert matrix.inputs == x.shape[1]
     assert out.shape == (x.shape[0], matrix.outputs)
     if x.shape[0] == 0:
         return
-    tile = EXACT_FEW if x.shape[0] <= EXACT_TOKENS else EXACT_MANY
+    if tile is None:
+        tile = EXACT_FEW if x.shape[0] <= EXACT_TOKENS else EXACT_MANY
+    assert tile.tokens == EXACT_TOKENS
     _launch_tiles(out, x, matrix, Fused(bias=bias), tile, can_overlap(x.device))
 
 
