@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from twostroke.exec.cuda_draw import DeviceDraws
-from twostroke.exec.cuda_weights import LoadTarget, load_weights
 
 from tiny_models import Run, note
 from twostroke.core.ports import StepAnswer
@@ -16,7 +14,9 @@ from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import Accepted, Idle, Request, SchedulerConfig, StepOutcome
 from twostroke.exec.cuda import CudaExecutor, CudaFacts
 from twostroke.exec.cuda_device import Device, GpuDevice, HostDevice
+from twostroke.exec.cuda_draw import DeviceDraws
 from twostroke.exec.cuda_runner import CudaRunner, DeviceModel, RunnerLimits
+from twostroke.exec.cuda_weights import LoadTarget, load_weights
 from twostroke.kernels.cuda.pool import KvPool, PoolShape
 from twostroke.kernels.cuda.types import BLOCK_TOKENS
 from twostroke.spec.kv import KvElement
@@ -63,7 +63,7 @@ def make_executor(spec: ModelSpec, tensors: dict, setup: Setup, device: Device) 
         runner = CudaRunner(model, pool, limits, device)
         if setup.capture:
             runner.capture()
-        draws = DeviceDraws(runner.drawn, spec.vocab_size, limits.logit_rows, device)
+        draws = DeviceDraws(device, limits.logit_rows, spec.vocab_size)
     facts = CudaFacts(device.name, "cuda", 0, setup.host_blocks)
     return CudaExecutor(runner, draws, device, facts)
 

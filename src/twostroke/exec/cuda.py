@@ -143,8 +143,9 @@ class CudaExecutor:
         batch = self._builder.build(plan)
         sources = self._find_sources(plan.rows, batch)
         logits = self._runner.enqueue(batch.step, sources)
-        drawn = [self._draws.draw(logits, batch.first, 0)] if batch.step.logit_rows.size else []
-        scored: list[DrawTicket] = []
+        drawn, scored = [], list[DrawTicket]()
+        if count := batch.step.logit_rows.size:
+            drawn.append(self._draws.draw(logits, batch.first, self._runner.drawn[:count]))
         if not batch.is_whole:
             self._enqueue_rest(batch, drawn, scored)
         # A tuple a step is cheaper than a table that few steps ask for.
@@ -166,7 +167,8 @@ class CudaExecutor:
                 continue
             logits = self._runner.enqueue_head(chunk.positions)
             if chunk.draws:
-                drawn.append(self._draws.draw(logits, layout.take_arrays(chunk.part), chunk.start))
+                tokens = self._runner.drawn[chunk.start : chunk.start + chunk.positions.size]
+                drawn.append(self._draws.draw(logits, layout.take_arrays(chunk.part), tokens))
             else:
                 targets, top = layout.targets[chunk.part], layout.top[chunk.part]
                 scored.append(self._draws.score(logits, targets, top))

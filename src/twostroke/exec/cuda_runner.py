@@ -25,7 +25,7 @@ from twostroke.exec.cuda_staging import (
     get_decode_counts,
     view,
 )
-from twostroke.kernels.cuda import attention, rows
+from twostroke.kernels.cuda import attention, quantised, rows
 from twostroke.kernels.cuda.collectives import Collectives
 from twostroke.kernels.cuda.launch import FEW_ROWS, Launches
 from twostroke.kernels.cuda.pool import KvPool
@@ -121,7 +121,7 @@ class CudaRunner:
             pool.layers,
             HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
             self._scratch,
-            make_dequantised(model.weights, model.dtype, name),
+            *make_unpacking(model.weights, model.dtype, name),
             model.exact,
             model.collectives,
         )
@@ -245,16 +245,20 @@ class CudaRunner:
         return slot
 
 
-def make_dequantised(weights: Weights, dtype: torch.dtype, device: str) -> Tensor | None:
-    """Memory for the largest quantised matrix of the layers in `dtype`; None where none is."""
+def make_unpacking(
+    weights: Weights, dtype: torch.dtype, device: str
+) -> tuple[quantised.Workspace, Tensor] | tuple[None, None]:
+    """What products with quantised matrices need: memory to meet in, and for the largest one of the
+    layers in `dtype`. Nothing where none is quantised."""
     sizes = [
-        part.matrix.outputs * part.matrix.inputs
+        (name not in ("embed", "head")) * part.matrix.outputs * part.matrix.inputs
         for name, part in weights.items()
-        if isinstance(part, MatrixPart)
-        and isinstance(part.matrix, QuantMatrix)
-        and name not in ("embed", "head")
+        if isinstance(part, MatrixPart) and isinstance(part.matrix, QuantMatrix)
     ]
-    return torch.empty(max(sizes), dtype=dtype, device=device) if sizes else None
+    if not sizes:
+        return None, None
+    unpacked = torch.empty(max(sizes), dtype=dtype, device=device)
+    return quantised.make_workspace(torch.device(device)), unpacked
 
 
 def _run(launches: Sequence[Run]) -> None:

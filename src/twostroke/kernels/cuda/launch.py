@@ -49,14 +49,15 @@ FEW_ROWS_QUANTISED = 64
 class Launches:
     """All that launches need beside a step and the values.
 
-    kv: of each layer. shape: of the heads. attention_scratch, dequantised: memory of the kernels'
-    own, the second for one quantised matrix in the dtype of the activations, None where none is
-    quantised. exact: a token's results must not depend on the other tokens of its step.
+    kv: of each layer. shape: of the heads. attention_scratch, workspace, dequantised: memory of the
+    kernels' own, the last for one quantised matrix in the dtype of the activations; both None where
+    none is quantised. exact: a token's results must not depend on the other tokens of its step.
     """
 
     kv: Sequence[KvLayer]
     shape: rope.HeadShape
     attention_scratch: attention.AttentionScratch
+    workspace: quantised.Workspace | None
     dequantised: Tensor | None
     exact: bool = False
     collectives: Collectives | None = None
@@ -95,8 +96,9 @@ class Launches:
         out = _join_columns(*(at[value] for value in call.outs))
         if self.exact:
             assert call.norm is None, "exact products take nothing in"
-            family = dense if isinstance(matrix, DenseMatrix) else quantised
-            return partial(family.product_exact, out, x, matrix, call.bias)
+            if isinstance(matrix, DenseMatrix):
+                return partial(dense.product_exact, out, x, matrix, call.bias)
+            return partial(quantised.product_exact, out, x, matrix, call.bias, self.workspace)
         residual = None if call.residual is None else at[call.residual]
         fused = Fused(call.norm, call.eps, call.bias, call.gate, residual)
         is_plain = call.norm is None and not call.gate and residual is None
@@ -106,7 +108,7 @@ class Launches:
             assert is_plain, "many rows are multiplied alone"
             return partial(dense.product_many, out, x, matrix, call.bias)
         if x.shape[0] <= FEW_ROWS_QUANTISED:
-            return partial(quantised.product, out, x, matrix, fused)
+            return partial(quantised.product, out, x, matrix, fused, self.workspace)
         assert is_plain, "many rows are multiplied alone"
         return partial(quantised.product_many, out, x, matrix, call.bias, self.dequantised)
 
