@@ -171,8 +171,7 @@ def _rope_write(
     begin_overlapped(OVERLAP)
     token, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(token_rows + token).to(tl.int64)
-    if row < 0:
-        return
+    position = tl.load(positions + token)
     # Programs do heads of q first, then of k, then of v; no program does two kinds.
     q_pieces: tl.constexpr = (HEADS + ROWS - 1) // ROWS
     kv_pieces: tl.constexpr = (KV_HEADS + ROWS - 1) // ROWS
@@ -186,8 +185,8 @@ def _rope_write(
     inside = row_inside[:, None] & (dim < DIM)
     source = qkv + token * qkv_stride + (base + head)[:, None] * DIM
     x = tl.load(source + dim, mask=inside, other=0.0).to(tl.float32)
-
-    position = tl.load(positions + token)
+    if row < 0:
+        return
     block = tl.load(tables + row * table_stride + position // BLOCK).to(tl.int64)
     slot = position % BLOCK
     scale_at = block * scale_block_stride + head * scale_head_stride + slot
