@@ -78,6 +78,13 @@ def test_what_surrounds_a_gpu_needs_no_native_kernels() -> None:
     assert find_loaded(statement, ("torch", "twostroke.exec.cpu")) == []
 
 
+def test_the_engine_of_a_gpu_needs_no_native_kernels() -> None:
+    statement = (
+        "import sys; sys.modules['twostroke._native'] = None\nimport twostroke.exec.cuda_open"
+    )
+    assert find_loaded(statement, ("twostroke.exec.cpu", "twostroke.kernels.cpu.weights")) == []
+
+
 @pytest.mark.parametrize("package", STANDARD_LIBRARY_ONLY)
 def test_the_inner_packages_import_the_standard_library_only(package: str) -> None:
     allowed = sys.stdlib_module_names | {"twostroke"}

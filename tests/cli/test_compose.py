@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,22 @@ def test_a_gpus_pool_is_settled_once_its_executor_knows_what_is_left(
     assert "nine blocks were left" in format_summary(built)
     parts.executor.close()
     built.model.close()
+
+
+def test_an_engine_on_a_gpu_answers(
+    model_file: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_here(model: OpenModel, options: CudaOptions, progress: object) -> object:
+        here = replace(options, device=device)
+        return build.build_cuda_executor(model, here, lambda done, total: None)
+
+    monkeypatch.setattr(compose, "build_cuda_executor", build_here)
+    monkeypatch.setattr(compose, "read_machine", lambda: Machine(2, "", 2**34, "", lambda: Gpus(1)))
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with LLM(model_file, device="cuda", step_tokens=64, max_rows=1) as llm:
+        [output] = llm.generate([PROMPT], params)
+        assert llm.built.parts.executor.describe().backend.startswith("cuda")
+    assert len(output.completions[0].tokens) == 2
 
 
 def test_a_gpu_without_what_drives_it_is_refused_with_the_way_out(

@@ -30,6 +30,9 @@ _RUNGS = 24
 # row, and at least so many in all (see kernels/cuda/attention_work.py).
 _PARTS_A_ROW = 4
 _LEAST_PARTS = 1024
+# Of a token of a sequence whose repetitions are penalised: the hash table that counts them (see
+# kernels/cuda/sampling_adjust.py), which grows twofold.
+_HISTORY_BYTES = 64
 _MIB = 2**20
 
 
@@ -58,7 +61,8 @@ class CudaOptions:
 class MemoryNeeds:
     """What is still to be allocated, in bytes, and what the pool should hold.
 
-    weights are 0 once they are loaded. least_tokens: of the smallest pool worth starting with;
+    weights are 0 once they are loaded. block_bytes: of the pool; beside_block: of what grows with
+    the tokens in it. least_tokens: of the smallest pool worth starting with;
     most_tokens: no pool is of use beyond it. asked: bytes of the pool; None takes what is left.
     """
 
@@ -69,13 +73,14 @@ class MemoryNeeds:
     least_tokens: int
     most_tokens: int
     asked: int | None = None
+    beside_block: int = 0
 
     @property
     def least_pool(self) -> int:
-        """Bytes of the smallest pool that will do."""
+        """Bytes of the smallest pool that will do, and of what goes with it."""
         if self.asked is not None:
-            return self.asked
-        return -(-self.least_tokens // BLOCK_TOKENS) * self.block_bytes
+            return self.asked + self.asked // self.block_bytes * self.beside_block
+        return -(-self.least_tokens // BLOCK_TOKENS) * (self.block_bytes + self.beside_block)
 
     @property
     def least(self) -> int:
@@ -120,7 +125,7 @@ def plan_memory(
         blocks = needs.asked // needs.block_bytes
         return MemoryPlan(blocks, blocks * needs.block_bytes, "as asked")
     useful = -(-needs.most_tokens // BLOCK_TOKENS)
-    blocks = min(left // needs.block_bytes, useful)
+    blocks = min(left // (needs.block_bytes + needs.beside_block), useful)
     reason = "every row at its longest" if blocks == useful else _explain_rest(free, total, needs)
     return MemoryPlan(blocks, blocks * needs.block_bytes, reason)
 
@@ -138,6 +143,7 @@ def get_needs(spec: ModelSpec, options: CudaOptions) -> MemoryNeeds:
         least_tokens=least,
         most_tokens=options.max_rows * options.context_tokens,
         asked=options.kv_bytes,
+        beside_block=BLOCK_TOKENS * _HISTORY_BYTES,
     )
 
 

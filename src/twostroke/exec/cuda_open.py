@@ -32,6 +32,7 @@ from twostroke.exec.cuda_weights import (
     count_weight_bytes,
     load_weights,
 )
+from twostroke.exec.rank_draws import NoDraws
 from twostroke.kernels.cuda.pool import KvPool, PoolShape
 from twostroke.kernels.cuda.types import BLOCK_TOKENS
 from twostroke.spec.model import ModelSpec
@@ -102,7 +103,9 @@ def assemble(
     with device.use():
         pool = KvPool(shape, num_blocks, device.name)
         runner = CudaRunner(model, pool, limits, device)
-        draws = DeviceDraws(runner.drawn, spec.vocab_size, rows, device)
+        draws: DeviceDraws | NoDraws = NoDraws()
+        if model.place.is_sampling:
+            draws = DeviceDraws(device, rows, spec.vocab_size)
         runner.capture()
         device.synchronize()
     free, total = device.get_free()
