@@ -72,8 +72,7 @@ def draw_greedy(tokens: Tensor, logits: Tensor, scratch: DrawScratch) -> None:
     chunk, parts = divide_row(rows, vocab, BLOCK.value)
     stride = logits.stride(0)
     scan_kernel[(rows, parts)](scratch.best, None, logits, stride, vocab, chunk)
-    padded = triton.next_power_of_2(parts)
-    pick_kernel[(rows,)](tokens, scratch.best, parts, PARTS=padded, num_warps=1)
+    pick_kernel[(rows,)](tokens, scratch.best, parts, num_warps=1)
 
 
 def draw(
@@ -107,8 +106,7 @@ def _draw_weighed(
     stride = logits.stride(0)
     chunk, parts = divide_row(rows, vocab, BLOCK.value)
     scan_kernel[(rows, parts)](scratch.best, scratch.lowest, logits, stride, vocab, chunk)
-    padded = triton.next_power_of_2(parts)
-    prepare_kernel[(rows,)](tokens, sampling, scratch, parts, PARTS=padded)
+    prepare_kernel[(rows,)](tokens, sampling, scratch, parts)
     chunk, parts = divide_row(rows, vocab, WEIGHED.value)
     weigh_kernel[(rows, parts)](logits, scratch, stride, vocab, chunk, num_warps=8)
     search_kernel[(rows,)](tokens, logits, sampling, scratch, stride, vocab, num_warps=8)
@@ -116,7 +114,7 @@ def _draw_weighed(
 
 def divide_row(rows: int, vocab: int, block: int) -> tuple[int, int]:
     """Logits of a part, a multiple of `block`, and how many parts a row has."""
-    wanted = max(1, min(MAX_PARTS, PROGRAMS // rows))
+    wanted = max(1, min(MAX_PARTS.value, PROGRAMS // rows))
     chunk = block * triton.cdiv(triton.cdiv(vocab, wanted), block)
     return chunk, triton.cdiv(vocab, chunk)
 

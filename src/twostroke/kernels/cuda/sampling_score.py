@@ -30,7 +30,7 @@ from twostroke.kernels.cuda.types import Tensor
 
 GROUP = tl.constexpr(64)  # tokens of a group
 PART = tl.constexpr(64)  # groups that a program looks at
-MAX_WIDTH = 64
+MAX_WIDTH = tl.constexpr(32)  # alternatives that can be reported
 # Smaller than every float64 that rounds to a finite float32.
 BELOW_FLOAT32 = tl.constexpr(-3.4028235677973366e38)
 
@@ -90,7 +90,7 @@ def score(
     assert targets.shape == top.shape == (rows,)
     assert logits.stride(1) == 1
     assert 0 < vocab <= MAX_VOCAB
-    assert width <= MAX_WIDTH
+    assert width <= MAX_WIDTH.value
     parts = scratch.largest.shape[1]
     assert parts == triton.cdiv(vocab, GROUP.value * PART.value)
     if not rows:
@@ -103,7 +103,6 @@ def score(
         scratch,
         (stride, vocab, width, parts),
         GROUPS=triton.next_power_of_2(parts * PART.value),
-        WIDTH=triton.next_power_of_2(max(width, 1)),
         num_warps=8,
     )
 
@@ -134,13 +133,13 @@ def get_logprob(x, largest, log_mass):
 
 
 @triton.jit
-def find_best_groups(groups, number, count, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """The `count` groups with the largest values, ties by smaller index; -1 beyond. (WIDTH,)."""
+def find_best_groups(groups, number, count, GROUPS: tl.constexpr):
+    """The `count` groups of the largest values, ties by smaller index: (MAX_WIDTH,), -1 beyond."""
     at = tl.arange(0, GROUPS)
     best = tl.load(groups + at, mask=at < number, other=float("-inf"))
     packed = tl.where(at < number, pack_candidate(get_key(best), at), LEAST_PACKED)
-    columns = tl.arange(0, WIDTH)
-    picked = tl.full((WIDTH,), -1, tl.int32)
+    columns = tl.arange(0, MAX_WIDTH)
+    picked = tl.full((MAX_WIDTH,), -1, tl.int32)
     column = 0
     while column < count:
         first = tl.max(packed)
@@ -152,12 +151,12 @@ def find_best_groups(groups, number, count, GROUPS: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def score_kernel(answer, logits, scratch, sizes, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def score_kernel(answer, logits, scratch, sizes, GROUPS: tl.constexpr):
     """One row's target and most likely tokens. Grid (rows,)."""
     logprobs, top_tokens, top_logprobs, targets, top = answer
     stride, vocab, width, parts = sizes
     row = tl.program_id(0)
-    columns = tl.arange(0, WIDTH)
+    columns = tl.arange(0, MAX_WIDTH)
     tl.store(top_tokens + row * width + columns, -1, mask=columns < width)
     tl.store(top_logprobs + row * width + columns, float("nan"), mask=columns < width)
     tl.store(logprobs + row, float("nan"))
@@ -175,7 +174,7 @@ def score_kernel(answer, logits, scratch, sizes, GROUPS: tl.constexpr, WIDTH: tl
         count = tl.minimum(count, width)
         number = tl.cdiv(vocab, GROUP)
         groups = scratch.groups + row * parts * PART
-        picked = find_best_groups(groups, number, count, GROUPS, WIDTH)
+        picked = find_best_groups(groups, number, count, GROUPS)
         at = picked[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         member = (picked >= 0)[:, None] & (at < vocab)
         x = clean(tl.load(values + at, mask=member, other=float("-inf")))

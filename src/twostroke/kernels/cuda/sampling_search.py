@@ -42,14 +42,15 @@ from twostroke.kernels.cuda.sampling_weigh import CHOSEN, NEAR
 from twostroke.kernels.cuda.types import Tensor
 
 SCAN = tl.constexpr(1024)  # candidates looked at together
-COMPARED = tl.constexpr(4)  # candidates that all chosen ones are compared with together
+COMPARED = tl.constexpr(8)  # candidates that all chosen ones are compared with together
 
 
 class Source(NamedTuple):
     """Where a row's candidates are read: its list when `listed`, else all its logits.
 
     row, near_values, near_ids: pointers to the logits and to the list. vocab, length: how many to
-    read of the logits, and of what is read. chosen: pointer to CHOSEN packed candidates.
+    read of the logits, and of what is read. chosen, chosen_units: pointers to room for CHOSEN
+    packed candidates and their units.
     """
 
     row: Tensor
@@ -59,6 +60,7 @@ class Source(NamedTuple):
     length: Tensor
     listed: Tensor
     chosen: Tensor
+    chosen_units: Tensor
 
 
 class Goal(NamedTuple):
@@ -158,24 +160,28 @@ def find_among_chosen(source, facts, goal, rest, count):
     Each candidate's rank and running sum come from comparing it with all others.
     """
     at = tl.arange(0, CHOSEN)
-    packed = tl.load(source.chosen + at, mask=at < count, other=LEAST_PACKED)
+    inside = at < count
+    packed = tl.load(source.chosen + at, mask=inside, other=LEAST_PACKED)
+    value = clean(get_packed_value(packed))  # NaN beyond the end
+    units = get_units(widen(value) - facts.largest, goal.place, facts)
+    tl.store(source.chosen_units + at, units)
+    tl.debug_barrier()  # all of them are written before any is read
     ranks, through = tl.zeros((CHOSEN,), tl.int32), tl.zeros((CHOSEN,), tl.int64)
     start = 0
     while start < count:
         other = start + tl.arange(0, COMPARED)
         other_packed = tl.load(source.chosen + other, mask=other < count, other=LEAST_PACKED)
-        value = clean(get_packed_value(other_packed))  # NaN beyond the end
-        units = get_units(widen(value) - facts.largest, goal.place, facts)
+        other_units = tl.load(source.chosen_units + other)
         ahead = (other_packed[:, None] >= packed[None, :]) & (other < count)[:, None]
         ranks += tl.sum(ahead.to(tl.int32), 0)
-        through += tl.sum(tl.where(ahead, units[:, None], 0), 0)
+        through += tl.sum(tl.where(ahead, other_units[:, None], 0), 0)
         start += COMPARED
     sums = tl.where(goal.by_count, ranks.to(tl.float64), through.to(tl.float64))
-    met = (at < count) & tl.where(goal.beyond, sums > rest, sums >= rest)
+    met = inside & tl.where(goal.beyond, sums > rest, sums >= rest)
     best = tl.max(tl.where(met, packed, LEAST_PACKED))
-    last = tl.min(tl.where(at < count, packed, LARGEST_PACKED))
+    last = tl.min(tl.where(inside, packed, LARGEST_PACKED))
     found = tl.where(best > LEAST_PACKED, best, last)
-    return get_token(found), tl.sum(tl.where((packed == found) & (at < count), through, 0))
+    return get_token(found), tl.sum(tl.where((packed == found) & inside, through, 0))
 
 
 @triton.jit
@@ -218,7 +224,7 @@ def find_place(source, facts, goal):
     return token, passed + units
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def search_kernel(tokens, logits, sampling, scratch, stride, vocab):
     """Cuts each row by its top-k, top-p and min-p, in this order, and draws. Grid (rows,)."""
     row = tl.program_id(0)
@@ -261,6 +267,7 @@ def search_kernel(tokens, logits, sampling, scratch, stride, vocab):
                     tl.where(listed, near_count, vocab),
                     listed,
                     scratch.chosen + row * CHOSEN,
+                    scratch.chosen_units + row * CHOSEN,
                 )
                 found, units = find_place(source, facts, Goal(place, rest, by_count, beyond))
                 kept = passed + units.to(tl.float64) * get_power(-exponent)

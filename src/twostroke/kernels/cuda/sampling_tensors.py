@@ -62,6 +62,9 @@ class SamplingTensors(NamedTuple):
 _FLOATS = frozenset(
     ["temperature", "top_p", "min_p", "repetition", "presence", "frequency", "bias_values"]
 )
+# Fields begin at a multiple of this many words, 16 bytes: Triton compiles anew for each other set
+# of pointers that are so aligned.
+ALIGNED = 4
 # What the fields of padding rows hold: anything that a kernel may read without harm.
 _PADDING = {"top": -1}
 
@@ -95,7 +98,8 @@ class SamplingMode:
 
 def get_packed_size(counts: SamplingCounts) -> int:
     """Words of a buffer with this much room."""
-    return sum(length for _, _, length in _lay_out(counts))
+    _, start, length = _lay_out(counts)[-1]
+    return start + length
 
 
 def pack(arrays: SamplingArrays, counts: SamplingCounts, vocab: int, out: I32) -> None:
@@ -156,7 +160,7 @@ def _lay_out(counts: SamplingCounts) -> list[tuple[str, int, int]]:
     start = 0
     for name, length in lengths.items():
         places.append((name, start, length))
-        start += length
+        start += -(-length // ALIGNED) * ALIGNED
     return places
 
 

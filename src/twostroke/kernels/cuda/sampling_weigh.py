@@ -5,7 +5,6 @@ needs to know of itself before it can be weighed, and its random number; the wei
 (see sampling_values.py), with a list of the candidates that are not far, as long as it lasts.
 """
 
-# ruff: noqa: N803 (Triton's constants are upper case)
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ NEAR = tl.constexpr(8192)  # candidates that a row's list has room for
 CHOSEN = tl.constexpr(256)  # candidates that are put in order at once
 BLOCK = tl.constexpr(2048)  # logits read at once by a pass for the largest
 WEIGHED = tl.constexpr(1024)  # logits weighed at once
-MAX_PARTS = 64
+MAX_PARTS = tl.constexpr(64)  # into which a row is divided
 
 
 class DrawScratch(NamedTuple):
@@ -52,7 +51,7 @@ class DrawScratch(NamedTuple):
     facts (L, FACTS) float64: RowFacts, then the random number. masses (L, BINS) int64 in each bin's
     units, counts (L, BINS) int32. near_values, near_ids (L, NEAR): candidates before the last bin,
     near_count (L,) int32 how many there are, which may be more than the list holds.
-    chosen (L, CHOSEN) int64: packed candidates.
+    chosen, chosen_units (L, CHOSEN) int64: packed candidates, and what they weigh.
     """
 
     best: Tensor
@@ -64,6 +63,7 @@ class DrawScratch(NamedTuple):
     near_ids: Tensor
     near_count: Tensor
     chosen: Tensor
+    chosen_units: Tensor
 
     @classmethod
     def allocate(cls, rows: int, device: torch.device | str) -> DrawScratch:
@@ -73,8 +73,8 @@ class DrawScratch(NamedTuple):
             return torch.zeros((rows, width), dtype=dtype, device=device)
 
         return cls(
-            best=make(MAX_PARTS, torch.int64),
-            lowest=make(MAX_PARTS, torch.float32),
+            best=make(MAX_PARTS.value, torch.int64),
+            lowest=make(MAX_PARTS.value, torch.float32),
             facts=make(FACTS.value, torch.float64),
             masses=make(BINS.value, torch.int64),
             counts=make(BINS.value, torch.int32),
@@ -82,6 +82,7 @@ class DrawScratch(NamedTuple):
             near_ids=make(NEAR.value, torch.int32),
             near_count=make(1, torch.int32),
             chosen=make(CHOSEN.value, torch.int64),
+            chosen_units=make(CHOSEN.value, torch.int64),
         )
 
     @property
@@ -115,11 +116,11 @@ def scan_kernel(best, lowest, logits, stride, vocab, chunk):
         tl.store(lowest + row * parts + part, tl.min(least))
 
 
-@triton.jit
-def pick_kernel(tokens, best, parts, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["tokens"])
+def pick_kernel(tokens, best, parts):
     """The token of the best of a row's parts. Grid (rows,)."""
     row = tl.program_id(0)
-    at = tl.arange(0, PARTS)
+    at = tl.arange(0, MAX_PARTS)
     packed = tl.load(best + row * parts + at, mask=at < parts, other=LEAST_PACKED)
     tl.store(tokens + row, get_token(tl.max(packed)))
 
@@ -140,14 +141,14 @@ def draw_uniform(sampling, row):
     return bits.to(tl.int64).to(tl.float64) * 2.0**-53
 
 
-@triton.jit
-def prepare_kernel(tokens, sampling, scratch, parts, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["tokens"])
+def prepare_kernel(tokens, sampling, scratch, parts):
     """Takes each row's largest logit, its answer unless it draws, and gets it ready to be weighed.
 
     With a min-p, all that it keeps is near and all else is far. Grid (rows,).
     """
     row = tl.program_id(0)
-    at = tl.arange(0, PARTS)
+    at = tl.arange(0, MAX_PARTS)
     inside = at < parts
     packed = tl.load(scratch.best + row * parts + at, mask=inside, other=LEAST_PACKED)
     packed = tl.max(packed)
