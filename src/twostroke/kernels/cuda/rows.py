@@ -39,43 +39,31 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _norm_rows(
-    out, x, weight, out_stride, x_stride, width, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _norm_rows(out, x, weight, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """out, x: (pointer, stride). weight: (pointer, width of a group)."""
     begin_overlapped(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    at = group * width + column
-    values = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    root = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    inside = column < weight[1]
+    at = group * weight[1] + column
+    values = tl.load(x[0] + row * x[1] + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight[0] + column, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(values * values, axis=0) / weight[1] + eps)
     normed = values * root * scale
-    tl.store(out + row * out_stride + at, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out[0] + row * out[1] + at, normed.to(out[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _add_norm_rows(
-    total,
-    out,
-    x,
-    y,
-    weight,
-    total_stride,
-    out_stride,
-    x_stride,
-    y_stride,
-    width,
-    eps,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+def _add_norm_rows(outs, x, y, norm, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """outs: pointer and stride of the sum, of the norm. norm: (weight, width, eps)."""
     begin_overlapped(OVERLAP)
+    total, total_stride, out, out_stride = outs
+    weight, width, eps = norm
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    first = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(x[0] + row * x[1] + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(y[0] + row * y[1] + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     rounded = (first + second).to(total.dtype.element_ty)
     tl.store(total + row * total_stride + column, rounded, mask=inside)
@@ -86,62 +74,49 @@ def _add_norm_rows(
 
 
 @triton.jit
-def _add_rows(
-    out, x, y, out_stride, x_stride, y_stride, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _add_rows(out, x, y, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """out, x, y: (pointer, stride)."""
     begin_overlapped(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    first = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
-    total = (first + second).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, total, mask=inside)
+    first = tl.load(x[0] + row * x[1] + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(y[0] + row * y[1] + column, mask=inside, other=0.0).to(tl.float32)
+    total = (first + second).to(out[0].dtype.element_ty)
+    tl.store(out[0] + row * out[1] + column, total, mask=inside)
 
 
 @triton.jit
 def _gate_rows(
-    out,
-    gate_up,
-    out_stride,
-    gate_up_stride,
-    width,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    out, gate_up, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
+    """out, gate_up: (pointer, stride)."""
     begin_overlapped(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    source = gate_up + row * gate_up_stride + column
+    source = gate_up[0] + row * gate_up[1] + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
-    result = activate(gate, ACTIVATION) * up
-    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+    result = (activate(gate, ACTIVATION) * up).to(out[0].dtype.element_ty)
+    tl.store(out[0] + row * out[1] + column, result, mask=inside)
 
 
 @triton.jit
-def _copy_rows(
-    out,
-    source,
-    index,
-    out_stride,
-    source_stride,
-    width,
-    scale,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Row index[i] of source, times scale, becomes row i of out."""
+def _copy_rows(out, source, index, shape, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """Row index[i] of source, times scale, becomes row i of out.
+
+    out, source: (pointer, stride). shape: (width, scale).
+    """
     begin_overlapped(OVERLAP)
+    width, scale = shape
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     chosen = tl.load(index + row).to(tl.int64)
-    values = tl.load(source + chosen * source_stride + column, mask=inside, other=0.0)
-    values = (values.to(tl.float32) * scale).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, values, mask=inside)
+    values = tl.load(source[0] + chosen * source[1] + column, mask=inside, other=0.0)
+    values = (values.to(tl.float32) * scale).to(out[0].dtype.element_ty)
+    tl.store(out[0] + row * out[1] + column, values, mask=inside)
 
 
 @triton.jit
@@ -167,12 +142,9 @@ def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         return
     block, warps = _choose_block(size)
     _norm_rows[tokens, width // size](
-        out,
-        x,
-        weight,
-        _get_stride(out),
-        _get_stride(x),
-        size,
+        _point(out),
+        _point(x),
+        (weight, size),
         eps,
         BLOCK=block,
         **get_options(can_overlap(x.device), warps),
@@ -192,16 +164,11 @@ def add_rms_norm(
     if tokens == 0:
         return
     block, warps = _choose_block(width)
-    strides = [_get_stride(each) for each in (sum_out, norm_out, x, y)]
     _add_norm_rows[tokens,](
-        sum_out,
-        norm_out,
-        x,
-        y,
-        weight,
-        *strides,
-        width,
-        eps,
+        (*_point(sum_out), *_point(norm_out)),
+        _point(x),
+        _point(y),
+        (weight, width, eps),
         BLOCK=block,
         **get_options(can_overlap(x.device), warps),
     )
@@ -214,12 +181,9 @@ def add(out: Tensor, x: Tensor, y: Tensor) -> None:
     if tokens == 0:
         return
     _add_rows[tokens, triton.cdiv(width, PIECE)](
-        out,
-        x,
-        y,
-        _get_stride(out),
-        _get_stride(x),
-        _get_stride(y),
+        _point(out),
+        _point(x),
+        _point(y),
         width,
         BLOCK=PIECE,
         **get_options(can_overlap(x.device), PIECE_WARPS),
@@ -237,10 +201,8 @@ def gated(out: Tensor, gate_up: Tensor, activation: str) -> None:
     if tokens == 0:
         return
     _gate_rows[tokens, triton.cdiv(width, PIECE)](
-        out,
-        gate_up,
-        _get_stride(out),
-        _get_stride(gate_up),
+        _point(out),
+        _point(gate_up),
         width,
         ACTIVATION=activation,
         BLOCK=PIECE,
@@ -284,23 +246,20 @@ def _copy(out: Tensor, source: Tensor, index: Tensor, scale: float) -> None:
     if rows == 0:
         return
     _copy_rows[rows, triton.cdiv(width, PIECE)](
-        out,
-        source,
+        _point(out),
+        _point(source),
         index,
-        _get_stride(out),
-        _get_stride(source),
-        width,
-        scale,
+        (width, scale),
         BLOCK=PIECE,
         **get_options(can_overlap(out.device), PIECE_WARPS),
     )
 
 
-def _get_stride(x: Tensor) -> int:
-    """Elements from row to row of a matrix with contiguous columns."""
+def _point(x: Tensor) -> tuple[Tensor, int]:
+    """A matrix with contiguous columns as kernels take it: itself, elements from row to row."""
     assert x.dim() == 2
     assert x.shape[1] == 1 or x.stride(1) == 1
-    return int(x.stride(0))
+    return x, int(x.stride(0))
 
 
 def _choose_block(width: int) -> tuple[int, int]:
