@@ -33,6 +33,7 @@ class Setup:
     step_tokens: int = 256
     max_rows: int = 16
     rungs: tuple[int, ...] = (1, 2, 4, 8, 16)
+    token_rungs: tuple[int, ...] = (32, 64)
     dtype: torch.dtype = torch.float16
     element: KvElement = KvElement.F16
     exact: bool = False
@@ -58,6 +59,7 @@ def make_executor(spec: ModelSpec, tensors: dict, setup: Setup, device: Device) 
             setup.max_rows,
             min(spec.context_tokens, setup.num_blocks * BLOCK_TOKENS),
             setup.rungs,
+            setup.token_rungs,
         )
         model = DeviceModel(spec, weights, setup.dtype, setup.exact)
         runner = CudaRunner(model, pool, limits, device)

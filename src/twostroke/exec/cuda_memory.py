@@ -25,7 +25,7 @@ LEAST_RESERVE = 256 * 2**20
 # Of one captured launch: its parameters and what the driver keeps of it, rounded up.
 _LAUNCH_BYTES = 8 * 2**10
 _LAYER_LAUNCHES = 8
-_RUNGS = 24
+_RUNGS = 64
 # Parts that decodes leave of a head's result, while several programs share a row's keys: so many a
 # row, and at least so many in all (see kernels/cuda/attention_work.py).
 _PARTS_A_ROW = 4

@@ -17,6 +17,7 @@ from twostroke.errors import UnsupportedModel
 from twostroke.exec.cuda import CudaExecutor, CudaFacts
 from twostroke.exec.cuda_device import Device, GpuDevice, HostDevice
 from twostroke.exec.cuda_draw import DeviceDraws
+from twostroke.exec.cuda_ladder import make_rungs, make_token_rungs
 from twostroke.exec.cuda_memory import (
     CudaOptions,
     MemoryPlan,
@@ -24,7 +25,7 @@ from twostroke.exec.cuda_memory import (
     get_savings,
     plan_memory,
 )
-from twostroke.exec.cuda_runner import CudaRunner, DeviceModel, RunnerLimits, make_rungs
+from twostroke.exec.cuda_runner import CudaRunner, DeviceModel, RunnerLimits
 from twostroke.exec.cuda_weights import (
     LoadTarget,
     OnLoaded,
@@ -99,6 +100,7 @@ def assemble(
         # A sequence that outgrows the pool is refused when it is submitted.
         context_tokens=min(options.context_tokens, num_blocks * BLOCK_TOKENS),
         rungs=make_rungs(rows),
+        token_rungs=make_token_rungs(options.step_tokens),
     )
     with device.use():
         pool = KvPool(shape, num_blocks, device.name)

@@ -16,15 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from twostroke.exec.cuda_device import Device, Event, Run
+from twostroke.exec.cuda_ladder import Ladder
 from twostroke.exec.cuda_record import make_ropes, record
-from twostroke.exec.cuda_staging import (
-    StagedView,
-    StepCounts,
-    count_step,
-    fill,
-    get_decode_counts,
-    view,
-)
+from twostroke.exec.cuda_staging import StagedView, StepCounts, count_step, fill, view
 from twostroke.kernels.cuda import attention, quantised, rows
 from twostroke.kernels.cuda.collectives import Collectives
 from twostroke.kernels.cuda.launch import FEW_ROWS, Launches
@@ -46,8 +40,8 @@ class RunnerLimits:
     """What a runner is made for.
 
     tokens: most of a step. rows: most sequences of a step. logit_rows: most positions with logits
-    at once. context_tokens: most a sequence may have. rungs: batch sizes whose decodes are
-    captured, rising; none captures nothing.
+    at once. context_tokens: most a sequence may have. rungs, token_rungs: sizes of decoding steps
+    and of steps with prompts that are captured (see cuda_ladder.py); none captures nothing.
     """
 
     tokens: int
@@ -55,6 +49,7 @@ class RunnerLimits:
     logit_rows: int
     context_tokens: int
     rungs: tuple[int, ...] = ()
+    token_rungs: tuple[int, ...] = ()
 
     @property
     def table_blocks(self) -> int:
@@ -77,12 +72,6 @@ class DeviceModel:
     exact: bool = False
     place: RankPlace = WHOLE
     collectives: Collectives | None = None
-
-
-def make_rungs(rows: int) -> tuple[int, ...]:
-    """Batch sizes to capture: 1, 2, 4, 8, then every 8 up to 64, then every 16, and `rows`."""
-    wanted = [1, 2, 4, *range(8, 64, 8), *range(64, rows + 1, 16), rows]
-    return tuple(sorted({rung for rung in wanted if rung <= rows}))
 
 
 class _Slot:
@@ -137,24 +126,29 @@ class CudaRunner:
         self._slots = [_Slot(device.pin((largest,), torch.int32)) for _ in range(_SLOTS)]
         self._turn = 0
         self._last: tuple[Program, StagedView] | None = None
-        self._graphs: dict[int, Run] = {}
+        self._few_rows = FEW_ROWS if has_quantised(model.weights) else 1
+        self._ladder = Ladder(
+            limits.rungs, limits.token_rungs, limits.rows, limits.table_blocks, self._tile
+        )
+        self._graphs: dict[StepCounts, Run] = {}
 
     @property
     def work_bytes(self) -> int:
         """Device memory beside weights and the pool."""
         return self._memory.bytes + self._scratch.bytes + 4 * self._buffer.numel()
 
-    def capture(self, progress: Callable[[int], None] = lambda rung: None) -> None:
-        """Captures the decodes of every rung, largest first; `progress` is told each."""
-        for rung in sorted(self.limits.rungs, reverse=True):
-            counts = get_decode_counts(rung, self.limits.table_blocks)
+    def capture(self, progress: Callable[[StepCounts], None] = lambda counts: None) -> None:
+        """Captures every rung of the ladder; `progress` is told each."""
+        for counts in self._ladder.list_counts():
             self._buffer.zero_()
             staged = self._view(counts)
+            # Nothing is written: no token has a row, no tile is one.
             staged.step.token_rows.fill_(-1)
+            staged.step.tiles.fill_(-1)
             program, launches = self._bind(staged)
-            self._graphs[rung] = self._device.capture(partial(_run, launches))
+            self._graphs[counts] = self._device.capture(partial(_run, launches))
             self._last = program, staged
-            progress(rung)
+            progress(counts)
 
     def enqueue(self, arrays: StepArrays, sources: I32 | None = None) -> Tensor:
         """Queues a step's layers and the logits (L, vocab) float32 of its logit rows.
@@ -162,23 +156,23 @@ class CudaRunner:
         sources (T,): for each token its place among the tokens that the last step drew, -1 where
         it is known. The logits hold until the next call.
         """
-        count = arrays.logit_rows.size
-        rung = self._find_rung(arrays)
-        if rung:
-            counts = get_decode_counts(rung, self.limits.table_blocks)
-        else:
+        counts = self._ladder.try_find(arrays)
+        graph = None if counts is None else self._graphs.get(counts)
+        if counts is None or graph is None:
             width = -(-arrays.block_tables.shape[1] // TABLE_STEP) * TABLE_STEP
             counts = count_step(arrays, self._tile, min(width, self.limits.table_blocks))
         self._upload(counts, arrays, sources)
         staged = self._view(counts)
-        program, launches = self._choose(counts.tokens), ()
-        if rung:
-            self._graphs[rung]()
-        else:
+        if graph is None:
             program, launches = self._bind(staged)
             _run(launches)
+        else:
+            program = self._choose(counts.tokens)
+            graph()
         self._last = program, staged
-        return self._get_logits(program, count)
+        if arrays.logit_rows.size and not counts.logits:
+            return self.enqueue_head(arrays.logit_rows)
+        return self._get_logits(program, arrays.logit_rows.size)
 
     def enqueue_head(self, logit_rows: I32) -> Tensor:
         """Queues the logits (L, vocab) float32 of other rows of the step that was queued last."""
@@ -200,7 +194,7 @@ class CudaRunner:
         return program.get_logits(count)[:, : self._model.spec.vocab_size]
 
     def _choose(self, tokens: int) -> Program:
-        return self._few if tokens <= FEW_ROWS else self._many
+        return self._few if tokens <= self._few_rows else self._many
 
     def _bind(self, staged: StagedView) -> tuple[Program, Sequence[Run]]:
         """The launches of a whole step, from pending tokens to logits."""
@@ -222,14 +216,6 @@ class CudaRunner:
     def _view(self, counts: StepCounts) -> StagedView:
         return view(self._buffer, counts, self._tile, self.limits.context_tokens)
 
-    def _find_rung(self, arrays: StepArrays) -> int:
-        """The rung that a step is padded to; 0 where it is not one that was captured."""
-        tokens = arrays.tokens.size
-        decodes = tokens == arrays.row_offsets.size - 1 == arrays.logit_rows.size
-        if not decodes:
-            return 0
-        return next((rung for rung in self.limits.rungs if rung >= tokens), 0)
-
     def _upload(self, counts: StepCounts, arrays: StepArrays, sources: I32 | None) -> None:
         slot = self._take_slot()
         fill(slot.array, counts, arrays, sources, self._tile)
@@ -245,20 +231,31 @@ class CudaRunner:
         return slot
 
 
+def has_quantised(weights: Weights) -> bool:
+    """True where a matrix of the layers is quantised."""
+    return any(_count_quantised(name, weight) for name, weight in weights.items())
+
+
 def make_unpacking(
     weights: Weights, dtype: torch.dtype, device: str
 ) -> tuple[quantised.Workspace, Tensor] | tuple[None, None]:
     """What products with quantised matrices need: memory to meet in, and for the largest one of the
     layers in `dtype`. Nothing where none is quantised."""
-    sizes = [
-        (name not in ("embed", "head")) * part.matrix.outputs * part.matrix.inputs
-        for name, part in weights.items()
-        if isinstance(part, MatrixPart) and isinstance(part.matrix, QuantMatrix)
-    ]
-    if not sizes:
+    if not any(
+        isinstance(weight, MatrixPart) and isinstance(weight.matrix, QuantMatrix)
+        for weight in weights.values()
+    ):
         return None, None
-    unpacked = torch.empty(max(sizes), dtype=dtype, device=device)
+    most = max(_count_quantised(name, weight) for name, weight in weights.items())
+    unpacked = torch.empty(most, dtype=dtype, device=device)
     return quantised.make_workspace(torch.device(device)), unpacked
+
+
+def _count_quantised(name: str, weight: MatrixPart | Tensor) -> int:
+    """Weights of a quantised matrix of the layers; 0 for all else."""
+    if not isinstance(weight, MatrixPart) or not isinstance(weight.matrix, QuantMatrix):
+        return 0
+    return 0 if name in ("embed", "head") else weight.matrix.outputs * weight.matrix.inputs
 
 
 def _run(launches: Sequence[Run]) -> None:

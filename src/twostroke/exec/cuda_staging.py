@@ -98,8 +98,9 @@ def fill(
 ) -> None:
     """Writes a step into a buffer laid out for `counts`, which may have more rows than it.
 
-    sources (T,): index among the last step's drawn tokens of each pending token, else -1; None
-    where no token is pending. Rows beyond the step's are padding, which writes and sees nothing.
+    A step laid out for no logits brings those of its rows another way. sources (T,): index among
+    the last step's drawn tokens of each pending token, else -1; None where no token is pending.
+    Rows beyond the step's are padding, which writes and sees nothing.
     """
     at = split(buffer, counts)
     tokens, rows, logits = arrays.tokens.size, arrays.row_offsets.size - 1, arrays.logit_rows.size
@@ -115,17 +116,17 @@ def fill(
         at["sources"][:tokens] = sources
     at["row_offsets"][: rows + 1] = arrays.row_offsets
     at["contexts"][:rows] = arrays.positions[arrays.row_offsets[1:] - 1] + 1
-    at["logit_rows"][:logits] = arrays.logit_rows
-    if tokens == rows:
-        at["decode_rows"][:] = np.arange(counts.decodes, dtype=np.int32)
-    else:
-        at["decode_rows"][:] = np.flatnonzero(lengths == 1)
+    if counts.logits:
+        at["logit_rows"][:logits] = arrays.logit_rows
+    decodes = np.flatnonzero(lengths == 1)
+    at["decode_rows"][: decodes.size] = decodes
+    if tokens > rows:
         _fill_tiles(at["tiles"], lengths, tile_tokens)
     tables = at["block_tables"].reshape(counts.rows, counts.table_blocks)
     width = min(arrays.block_tables.shape[1], counts.table_blocks)
     tables[:rows, :width] = arrays.block_tables[:, :width]
     if counts.rows > rows:
-        _pad(at, (tokens, rows, logits))
+        _pad(at, counts, (tokens, rows, logits, decodes.size))
 
 
 def _fill_tiles(tiles: NDArray[np.int32], lengths: I32, tile_tokens: int) -> None:
@@ -136,16 +137,25 @@ def _fill_tiles(tiles: NDArray[np.int32], lengths: I32, tile_tokens: int) -> Non
         tiles[at : at + 2 * firsts.size : 2] = row
         tiles[at + 1 : at + 2 * firsts.size : 2] = firsts
         at += 2 * firsts.size
+    tiles[at:] = -1
 
 
-def _pad(at: dict[str, NDArray[np.int32]], used: tuple[int, int, int]) -> None:
-    tokens, rows, logits = used
+def _pad(
+    at: dict[str, NDArray[np.int32]], counts: StepCounts, used: tuple[int, int, int, int]
+) -> None:
+    """Rows beyond the step's: decoding steps give each a token of its own, others none."""
+    tokens, rows, logits, decodes = used
     at["tokens"][tokens:] = 0
     at["positions"][tokens:] = 0
     at["token_rows"][tokens:] = -1
-    at["row_offsets"][rows:] = np.arange(rows, at["row_offsets"].size, dtype=np.int32)
+    has_tokens = counts.tokens == counts.rows
+    ends = np.arange(rows, counts.rows + 1, dtype=np.int32) if has_tokens else tokens
+    at["row_offsets"][rows:] = ends
     at["contexts"][rows:] = 0
-    at["logit_rows"][logits:] = np.arange(logits, at["logit_rows"].size, dtype=np.int32)
+    at["logit_rows"][logits:] = np.arange(logits, counts.logits, dtype=np.int32)
+    at["decode_rows"][decodes:] = (
+        np.arange(decodes, counts.decodes, dtype=np.int32) if has_tokens else counts.rows - 1
+    )
 
 
 def view(buffer: Tensor, counts: StepCounts, tile_tokens: int, longest: int) -> StagedView:

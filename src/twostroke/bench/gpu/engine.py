@@ -22,6 +22,7 @@ from twostroke.exec.batch import BatchBuilder
 from twostroke.exec.cuda import CudaExecutor, CudaFacts
 from twostroke.exec.cuda_device import Device, GpuDevice, HostDevice
 from twostroke.exec.cuda_draw import DeviceDraws
+from twostroke.exec.cuda_ladder import make_token_rungs
 from twostroke.exec.cuda_runner import CudaRunner, DeviceModel, RunnerLimits
 from twostroke.kernels.cuda.pool import KvPool, PoolShape
 from twostroke.spec.kv import KvElement
@@ -63,6 +64,7 @@ class GpuEngine:
                 sizes.max_rows,
                 sizes.context_tokens,
                 sizes.rungs,
+                make_token_rungs(sizes.max_step_tokens),
             )
             shown = DeviceModel(spec, source.weights, source.dtype, sizes.exact)
             self._runner = CudaRunner(shown, pool, limits, self._device)
@@ -79,15 +81,16 @@ class GpuEngine:
     def prepare(self, plan: StepPlan) -> Launch:
         """All device work of one step, upload and draws included, to launch again and again.
 
-        Launched within `use`.
+        Launched within `use`; gives the logits (rows, vocab) float32, which the next step overwrites.
         """
         # A builder of its own: another's next step would write into this one's arrays.
         batch = BatchBuilder(self._max_rows).build(plan)
         drawn = batch.step.logit_rows.size
 
-        def launch() -> None:
+        def launch() -> torch.Tensor:
             logits = self._runner.enqueue(batch.step)
             self._draws.draw(logits, batch.first, self._runner.drawn[:drawn])
+            return logits
 
         return launch
 

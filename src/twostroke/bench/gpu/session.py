@@ -20,7 +20,7 @@ from twostroke.bench.gpu.ceilings import Ceilings
 from twostroke.bench.gpu.engine import EngineSizes, GpuEngine, make_plan
 from twostroke.bench.gpu.results import Run
 from twostroke.bench.gpu.synthetic import SyntheticWeights, make_source
-from twostroke.bench.gpu.timing import Launch, Pace, time_launch
+from twostroke.bench.gpu.timing import Pace, time_launch
 from twostroke.bench.gpu.traces import TraceShape
 from twostroke.bench.gpu.workloads import (
     BLOCK_TOKENS,
@@ -30,7 +30,8 @@ from twostroke.bench.gpu.workloads import (
     GpuModel,
     list_cells,
 )
-from twostroke.exec.cuda_runner import make_rungs
+from twostroke.core.types import StepPlan
+from twostroke.exec.cuda_ladder import make_rungs
 from twostroke.spec.model import ModelSpec
 
 SPARE_BLOCKS = 8
@@ -123,9 +124,9 @@ class Session:
             blocks, max_rows, context, make_rungs(max_rows), max_step_tokens=SERVED_STEP_TOKENS
         )
 
-    def prepare(self, engine: GpuEngine, cell: Cell, num_blocks: int) -> Launch:
-        """One step of a cell by our engine, ready to launch."""
-        return engine.prepare(make_plan(cell.rows, num_blocks, self.spec.vocab_size))
+    def make_plan(self, cell: Cell, num_blocks: int) -> StepPlan:
+        """One step of a cell."""
+        return make_plan(cell.rows, num_blocks, self.spec.vocab_size)
 
     def free(self) -> None:
         """Give memory that nobody holds back to the device."""
@@ -163,7 +164,7 @@ def measure_steps(
             if clock.left_s <= 0:
                 session.run.missing[what] = "the section's time was spent"
                 continue
-            launch = session.prepare(engine, cell, sizes.num_blocks)
+            launch = engine.prepare(session.make_plan(cell, sizes.num_blocks))
             timed = time_launch(launch, session.device, pace)
             row = {**session.describe_row(cell), "exact": exact, **timed.describe()}
             session.run.add("steps", [row])

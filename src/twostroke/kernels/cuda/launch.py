@@ -103,9 +103,9 @@ class Launches:
         fused = Fused(call.norm, call.eps, call.bias, call.gate, residual)
         is_plain = call.norm is None and not call.gate and residual is None
         if isinstance(matrix, DenseMatrix):
-            if x.shape[0] <= FEW_ROWS:
+            # Beside PyTorch's library ours is faster for one row only, or where something is fused.
+            if x.shape[0] == 1 or not is_plain:
                 return partial(dense.product, out, x, matrix, fused)
-            assert is_plain, "many rows are multiplied alone"
             return partial(dense.product_many, out, x, matrix, call.bias)
         if x.shape[0] <= FEW_ROWS_QUANTISED:
             return partial(quantised.product, out, x, matrix, fused, self.workspace)

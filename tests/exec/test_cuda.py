@@ -1,0 +1,96 @@
+"""The GPU executor, whole: tiny models against the reference, and what must not change answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cuda_models import Setup, make_cuda_config, make_device, make_executor, run_cuda
+from tiny_models import TINY_SPECS, VOCAB, Run, make_config, make_tensors, run_requests
+from twostroke.core.types import Request, SamplingSpec
+from twostroke.exec.local import RunnerSizes
+from twostroke.exec.reference import ReferenceRunner
+from twostroke.spec.kv import KvElement
+from twostroke.spec.quant import Format
+
+SETUP = Setup(step_tokens=64, max_rows=4, rungs=(1, 2, 4), num_blocks=24)
+# Log-probabilities differ by less than this from float32 ones; half of it is seen.
+ERROR = 0.03
+
+
+def make_requests(count: int, new_tokens: int = 4) -> list[Request]:
+    """Short prompts, one longer than a step, with log-probabilities."""
+    rng = np.random.default_rng(3)
+    lengths = (5, 90, 1, 33, 17)
+    kinds = [
+        SamplingSpec(logprobs=2),
+        SamplingSpec(temperature=0.8, top_k=20, seed=5, logprobs=0),
+        SamplingSpec(temperature=1.1, top_p=0.9, seed=6, logprobs=1),
+    ]
+    return [
+        Request(
+            id=f"r{index}",
+            prompt=tuple(int(t) for t in rng.integers(0, VOCAB, lengths[index % len(lengths)])),
+            max_new_tokens=new_tokens,
+            sampling=kinds[index % len(kinds)],
+        )
+        for index in range(count)
+    ]
+
+
+def run_family(family: str, requests: list[Request], setup: Setup, device: str) -> Run:
+    """These requests through a fresh executor."""
+    spec = TINY_SPECS[family]
+    executor = make_executor(spec, make_tensors(spec, Format.F32), setup, make_device(device))
+    try:
+        config = make_cuda_config(spec, setup)
+        return run_cuda(executor, requests, config, setup.in_flight)
+    finally:
+        executor.close()
+
+
+def run_reference(family: str, requests: list[Request]) -> Run:
+    """The same through the NumPy backend, float32 throughout."""
+    spec = TINY_SPECS[family]
+    sizes = RunnerSizes(1, 128, 16, 64, KvElement.F32)
+    runner = ReferenceRunner(spec, make_tensors(spec, Format.F32), sizes)
+    return run_requests(runner, sizes, requests, make_config(spec, sizes))
+
+
+@pytest.mark.parametrize("family", list(TINY_SPECS))
+def test_log_probabilities_are_those_of_the_reference(family: str, device: str) -> None:
+    prompts = [replace(one, sampling=SamplingSpec(logprobs=0)) for one in make_requests(3, 1)]
+    prompts = [replace(one, prompt_logprobs=0, prompt=one.prompt[:40]) for one in prompts]
+    ours, theirs = run_family(family, prompts, SETUP, device), run_reference(family, prompts)
+    for id, answer in theirs.answers.items():
+        scored = [entry.logprob for entry in ours.answers[id].prompt_scored]
+        expected = [entry.logprob for entry in answer.prompt_scored]
+        assert np.allclose(scored, expected, atol=ERROR)
+
+
+def test_two_steps_in_flight_draw_what_one_does(device: str) -> None:
+    requests = make_requests(3)
+    ahead = run_family("llama", requests, SETUP, device)
+    assert (
+        ahead.answers == run_family("llama", requests, replace(SETUP, in_flight=1), device).answers
+    )
+
+
+def test_captured_decodes_draw_what_launched_ones_do(device: str) -> None:
+    requests = make_requests(3)
+    launched = replace(SETUP, rungs=(), token_rungs=(), capture=False)
+    captured = run_family("llama", requests, SETUP, device)
+    assert captured.answers == run_family("llama", requests, launched, device).answers
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_exact_answers_do_not_depend_on_company(family: str, device: str) -> None:
+    setup = replace(SETUP, exact=True)
+    requests = make_requests(4)
+    together = run_family(family, requests, setup, device)
+    for request in requests:
+        alone = run_family(family, [request], replace(setup, step_tokens=48), device)
+        for id, answer in alone.answers.items():
+            assert together.answers[id] == answer
