@@ -54,7 +54,7 @@ def choose_tile(tokens: int, outputs: int, inputs: int, normed: bool) -> Tile:
     programs than processors.
     """
     if tokens == 1:
-        return Tile(rows=8, columns=1024, tokens=0, warps=4, stages=3, prefetched=4096)
+        return Tile(rows=8, columns=1024, tokens=0, warps=4, stages=4, prefetched=4096)
     padded = max(8, triton.next_power_of_2(tokens))
     if outputs < 8192:
         stages = 4 if padded <= 32 else 3
