@@ -25,6 +25,7 @@ from twostroke.exec.batch import Batch, BatchBuilder
 from twostroke.exec.cuda_device import Device, Event
 from twostroke.exec.cuda_draw import DeviceDraws, DrawTicket
 from twostroke.exec.cuda_runner import CudaRunner
+from twostroke.exec.rank_draws import NoDraws
 from twostroke.exec.sampling import build_results
 from twostroke.kernels.cuda.types import BLOCK_TOKENS
 from twostroke.kernels.ops import I32
@@ -58,7 +59,7 @@ class CudaExecutor:
     """Runs plans on one device (see core.ports.Executor). `start` is called by one thread."""
 
     def __init__(
-        self, runner: CudaRunner, draws: DeviceDraws, device: Device, facts: CudaFacts
+        self, runner: CudaRunner, draws: DeviceDraws | NoDraws, device: Device, facts: CudaFacts
     ) -> None:
         self._runner, self._draws, self._device, self._facts = runner, draws, device, facts
         self._builder = BatchBuilder(runner.limits.logit_rows)
