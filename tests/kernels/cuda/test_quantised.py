@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +26,7 @@ SCALES = {
     Format.Q5_K: (0, 2),
     Format.Q6_K: (208,),
 }
-# Rounding of an output, and of the weights and inputs of a sum that is as plain as it can be.
+# Bits and group.
 KINDS = [(4, 32), (4, 128), (8, 32), (8, 128), (4, 64), (8, 16)]
 
 
@@ -73,14 +72,19 @@ def multiply_plainly(x: Tensor, weights: Tensor, fused: Fused) -> Tensor:
 
 
 def check(out: Tensor, x: Tensor, matrix: QuantMatrix, fused: Fused = PLAIN) -> None:
-    """The error, in the mean square and at most, is no more than twice that of plain PyTorch."""
+    """The error, in the mean square and at most, is no more than twice that of plain PyTorch.
+
+    Few outputs may be lucky in PyTorch; rounding the true result once is always good enough.
+    """
     weights = get_weights(matrix)
     true = multiply_plainly(x.double(), weights.double(), fused)
     plain = multiply_plainly(x, weights, fused).double()
-    ours, theirs = (out.double() - true).abs(), (plain - true).abs()
+    ours, theirs, rounded = (
+        (each.double() - true).abs() for each in (out, plain, true.to(x.dtype))
+    )
     assert torch.isfinite(out).all()
-    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
-    assert ours.max() <= 2 * theirs.max()
+    for measure in (Tensor.max, lambda errors: errors.square().mean().sqrt()):
+        assert measure(ours) <= max(2 * measure(theirs), measure(rounded))
 
 
 def make_inputs(tokens: int, inputs: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -159,6 +163,7 @@ def test_random_weights_have_the_variance_of_a_layer(kind: tuple[int, int], devi
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_one_token_times_every_kind(kind: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    # Sums whose last step is not full.
     matrix = make_matrix((72, 1280), kind, device)
     x, out = make_inputs(1, 1280, dtype, device), poison(1, 72, dtype, device)
     quantised.product(out, x, matrix)
@@ -189,20 +194,19 @@ def test_few_tokens_of_every_tile(tokens: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 20])
-@pytest.mark.parametrize("gate", ["", "silu", "gelu_tanh"])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("gate", "parts"), [("", 3), ("silu", 1), ("gelu_tanh", 2)])
 def test_what_is_fused_is_computed(tokens: int, gate: str, parts: int, device: str) -> None:
     dtype = torch.float16 if tokens > 1 else torch.bfloat16
-    matrix = make_matrix((96, 1024), (4, 32), device)
+    matrix = make_matrix((96, 512), (4, 32), device)
     width = 48 if gate else 96
     fused = Fused(
-        norm=torch.randn(1024, device=device).to(dtype),
+        norm=torch.randn(512, device=device).to(dtype),
         eps=1e-5,
         bias=torch.randn(96, device=device).to(dtype),
         gate=gate,
         residual=torch.randn(tokens, width, device=device).to(dtype),
     )
-    x, out = make_inputs(tokens, 1024, dtype, device), poison(tokens, width, dtype, device)
+    x, out = make_inputs(tokens, 512, dtype, device), poison(tokens, width, dtype, device)
     work = quantised.make_workspace(torch.device(device))
     config = choose_few(tokens, matrix, False)
     quantised.product(out, x, matrix, fused, work, replace(config, parts=parts))
@@ -229,8 +233,8 @@ def test_tensors_may_be_columns_of_wider_ones(device: str) -> None:
 
 
 def test_logits_are_float32(device: str) -> None:
-    matrix = make_matrix((200, 256), (4, 128), device)
-    x, out = make_inputs(1, 256, torch.bfloat16, device), poison(1, 200, torch.float32, device)
+    matrix = make_matrix((70, 256), (4, 128), device)
+    x, out = make_inputs(1, 256, torch.bfloat16, device), poison(1, 70, torch.float32, device)
     quantised.product(out, x, matrix)
     true = x.double() @ get_weights(matrix).double().T
     assert (out.double() - true).abs().max() <= 1e-5 * true.abs().max()
@@ -252,9 +256,9 @@ def test_many_tokens(kind: tuple[int, int], tokens: int, has_scratch: bool, devi
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_exact_bits_do_not_depend_on_the_other_tokens(shared: bool, device: str) -> None:
-    matrix = make_matrix((72, 512), (4, 32), device)
+    matrix = make_matrix((72, 256), (4, 32), device)
     work = quantised.make_workspace(torch.device(device)) if shared else None
-    x = make_inputs(40, 512, torch.float16, device)
+    x = make_inputs(40, 256, torch.float16, device)
     together = poison(40, 72, torch.float16, device)
     quantised.product_exact(together, x, matrix, None, work)
     check(together, x, matrix)
@@ -322,9 +326,6 @@ def test_rows_are_sharded_and_permuted(device: str) -> None:
     assert torch.equal(get_weights(shard), get_weights(matrix)[3:9])
     assert torch.equal(get_weights(permuted), get_weights(matrix)[order])
     assert shard.outputs == 6
-
-
-Stack = Callable[[Format], QuantMatrix]
 
 
 @pytest.mark.parametrize(

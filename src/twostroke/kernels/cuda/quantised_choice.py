@@ -56,8 +56,8 @@ class Config:
             columns=self.columns,
             parts=self.parts,
             stages=self.stages,
-            # Minimums and groups that end within a piece are only known to weights.
-            scale_weights=self.scale_weights or layout.minimums or layout.group < 32,
+            # Of groups that end within a piece, sums know nothing.
+            scale_weights=self.scale_weights or layout.group < 32,
             prefetch=self.prefetch if can_prefetch else 0,
             asm=asm,
             overlap=overlap,

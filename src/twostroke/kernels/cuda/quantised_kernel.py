@@ -212,7 +212,7 @@ def add_cell(total, squares, weights_at, inputs_at, matrix, TILES: tl.constexpr)
     packed, scales, minimums, outputs, inputs = matrix
     words = load(words_at, inside[:, None], TILES.even)
     pairs = load_pairs(matrix, pairs_at, inside, TILES.even)
-    sums = tl.zeros_like(total)
+    sums = (total, tl.zeros_like(total), tl.zeros_like(total))
     for piece in tl.static_range(TILES.layout.pieces * TILES.layout.unroll):
         if piece > 0 and piece % TILES.layout.pieces == 0:
             words_at += outputs * DEPTH
@@ -221,9 +221,8 @@ def add_cell(total, squares, weights_at, inputs_at, matrix, TILES: tl.constexpr)
             pairs_at += outputs
             pairs = load_pairs(matrix, pairs_at, inside, TILES.even)
         right, squares = load_inputs(inputs_at, piece * DEPTH, inputs, squares, TILES)
-        left = (words, pairs)
-        total, sums = add_piece(total, sums, left, right, piece, TILES)
-    return total, squares
+        sums = add_piece(sums, (words, pairs), right, piece, TILES)
+    return sums[0], squares
 
 
 @triton.jit
@@ -255,28 +254,38 @@ def load_inputs(inputs_at, offset, inputs, squares, TILES: tl.constexpr):
 
 
 @triton.jit
-def add_piece(total, sums, left, right, PIECE: tl.constexpr, TILES: tl.constexpr):
-    """total (or, until its group is complete, sums) with the products of a piece."""
+def add_piece(sums, left, right, PIECE: tl.constexpr, TILES: tl.constexpr):
+    """The sums with the products of a piece.
+
+    sums: (total, and of the group that is being summed: integers times inputs, and inputs).
+    left: (words, pairs of scales and minimums). right (DEPTH, width): inputs.
+    """
+    total, products, plain = sums
     words, pairs = left
+    at: tl.constexpr = PIECE * DEPTH
+    group: tl.constexpr = TILES.layout.group
+    piece: tl.constexpr = PIECE % TILES.layout.pieces
     dtype: tl.constexpr = right.dtype
-    weights = unpack(
-        words, PIECE % TILES.layout.pieces, TILES.layout.bits, TILES.layout.zero, dtype, TILES.asm
-    )
+    weights = unpack(words, piece, TILES.layout.bits, TILES.layout.zero, dtype, TILES.asm)
+    scales = take_scales(pairs[0], at, group)
+    if not TILES.asm:
+        right = right.to(tl.float32)
     if TILES.scale_weights:
-        scales = take_scales(pairs[0], PIECE * DEPTH, TILES.layout.group)
-        minimums = None
-        if TILES.layout.minimums:
-            minimums = take_scales(pairs[1], PIECE * DEPTH, TILES.layout.group)
+        minimums = take_scales(pairs[1], at, group) if TILES.layout.minimums else None
         weights = scale_weights(weights, scales, minimums, dtype, TILES.asm)
-        total = tl.dot(weights, right.to(weights.dtype), total)
+        total = tl.dot(weights, right, total)
     else:
-        if PIECE * DEPTH % TILES.layout.group == 0:
-            sums = tl.dot(weights, right.to(weights.dtype))
-        else:
-            sums = tl.dot(weights, right.to(weights.dtype), sums)
-        if (PIECE + 1) * DEPTH % TILES.layout.group == 0:
-            total += take_scales(pairs[0], PIECE * DEPTH, TILES.layout.group) * sums
-    return total, sums
+        products = tl.dot(weights, right, products)
+        if TILES.layout.minimums:
+            # A matrix of ones puts the sum of the inputs where the sums of products are.
+            plain = tl.dot(tl.full(weights.shape, 1.0, weights.dtype), right, plain)
+        if (at + DEPTH) % group == 0:
+            total += scales * products
+            products = tl.zeros_like(products)
+            if TILES.layout.minimums:
+                total += take_scales(pairs[1], at, group) * plain
+                plain = tl.zeros_like(plain)
+    return total, products, plain
 
 
 @triton.jit

@@ -133,18 +133,24 @@ def take_half(pairs, HALF: tl.constexpr):
 
 @triton.jit
 def scale_weights(left, scales, minimums, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """left * scales + minimums (None: 0), rounded to DTYPE; scales and minimums are first."""
+    """left * scales + minimums (None: 0), in DTYPE.
+
+    left: integers from unpack. scales, minimums: float32 that float16 holds exactly. bfloat16 holds
+    but eight bits of a scale, so it is multiplied with what is left of a scale as well.
+    """
+    factors = scales.to(DTYPE)
+    rest = (scales - factors.to(tl.float32)).to(DTYPE)
     if ASM:
-        factors = tl.broadcast_to(scales.to(DTYPE), left.shape)
-        if minimums is None:
-            weights = left * factors
-        else:
-            weights = tl.fma(left, factors, tl.broadcast_to(minimums.to(DTYPE), left.shape))
-    else:
-        weights = left * round_to(scales, DTYPE)
+        factors, rest = tl.broadcast_to(factors, left.shape), tl.broadcast_to(rest, left.shape)
         if minimums is not None:
-            weights += round_to(minimums, DTYPE)
-        weights = round_to(weights, DTYPE)
+            weights = tl.fma(left, factors, tl.broadcast_to(minimums.to(DTYPE), left.shape))
+        elif DTYPE == tl.bfloat16:
+            weights = tl.fma(left, factors, left * rest)
+        else:
+            weights = left * factors
+    else:
+        added = left * rest.to(tl.float32) if minimums is None else minimums
+        weights = round_to(left * factors.to(tl.float32) + round_to(added, DTYPE), DTYPE)
     return weights
 
 
