@@ -106,11 +106,13 @@ class CudaRunner:
         self._scratch = attention.AttentionScratch.allocate(
             name, limits.rows, spec.num_heads, spec.head_dim, limits.context_tokens
         )
+        workspace, unpacked = make_unpacking(model.weights, model.dtype, name)
         launches = Launches(
             pool.layers,
             HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
             self._scratch,
-            *make_unpacking(model.weights, model.dtype, name),
+            workspace,
+            unpacked,
             model.exact,
             model.collectives,
         )
