@@ -36,13 +36,16 @@ def allocate(counts: SamplingCounts, device: str) -> cuda.SamplingScratch:
     return scratch
 
 
-def draw(logits: F32, arrays: SamplingArrays, device: str) -> I32:
+def draw(
+    logits: F32, arrays: SamplingArrays, device: str, choice: cuda.DrawChoice = cuda.CHOICE
+) -> I32:
     """Tokens drawn on the device; the logits must be there again afterwards, bit for bit."""
     rows, vocab = logits.shape
     on_device = torch.from_numpy(logits.copy()).to(device)
     tokens = torch.full((rows,), -7, dtype=torch.int32, device=device)
     sampling, mode = upload(arrays, vocab, device), SamplingMode.of(arrays)
-    cuda.draw(tokens, on_device, sampling, mode, allocate(SamplingCounts.of(arrays), device))
+    scratch = allocate(SamplingCounts.of(arrays), device)
+    cuda.draw(tokens, on_device, sampling, mode, scratch, choice)
     assert np.array_equal(on_device.cpu().numpy().view(np.int32), logits.view(np.int32))
     return tokens.cpu().numpy()
 
@@ -181,17 +184,15 @@ def test_greedy_takes_the_smallest_id_of_the_largest_logit(vocab: int, device: s
     assert np.array_equal(tokens.cpu().numpy(), expected)
 
 
-def test_a_row_draws_alike_in_any_batch_division_and_stride(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_draws_alike_in_any_batch_division_and_stride(device: str) -> None:
     random = np.random.default_rng(10)
     rows, vocab = 2, 2500
     logits = random.normal(0, 2, (rows, vocab)).astype(np.float32)
     specs = [replace(make_random_spec(random, vocab), temperature=1.3) for _ in range(rows)]
     arrays = make_arrays(specs, [()] * rows)
     together = draw(logits, arrays, device)
-    monkeypatch.setattr(cuda, "PROGRAMS", 1)
-    assert np.array_equal(draw(logits, arrays, device), together)
+    divided = draw(logits, arrays, device, cuda.DrawChoice(programs=1))
+    assert np.array_equal(divided, together)
     wide = torch.full((rows, vocab + 3), 99.0, device=device)
     wide[:, 1 : vocab + 1] = torch.from_numpy(logits)
     tokens = torch.full((rows,), -7, dtype=torch.int32, device=device)

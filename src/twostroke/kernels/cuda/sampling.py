@@ -57,22 +57,34 @@ class SamplingScratch:
         return self.draw.bytes + self.adjust.bytes
 
 
-# Programs that a pass over all rows is divided into, about: enough to fill the largest GPUs.
-PROGRAMS = 2048
+@dataclass(frozen=True, slots=True)
+class DrawChoice:
+    """How draws are launched; no result depends on it.
+
+    programs: that a pass over all rows is divided into, about; enough to fill the largest GPUs.
+    scan_warps, weigh_warps, search_warps: of a program of each kernel.
+    """
+
+    programs: int = 2048
+    scan_warps: int = 4
+    weigh_warps: int = 8
+    search_warps: int = 8
 
 
-def draw_greedy(tokens: Tensor, logits: Tensor, scratch: DrawScratch) -> None:
+CHOICE = DrawChoice()
+
+
+def draw_greedy(
+    tokens: Tensor, logits: Tensor, scratch: DrawScratch, choice: DrawChoice = CHOICE
+) -> None:
     """Write each row's largest logit's id, the smallest of equal ones, to tokens (L,) int32.
 
     NaN counts as -inf; a row of nothing else draws 0.
     """
-    rows, vocab = _check(tokens, logits)
-    if not rows:
-        return
-    chunk, parts = divide_row(rows, vocab, BLOCK.value)
-    stride = logits.stride(0)
-    scan_kernel[(rows, parts)](scratch.best, None, logits, stride, vocab, chunk)
-    pick_kernel[(rows,)](tokens, scratch.best, parts, num_warps=1)
+    rows = _check(tokens, logits)
+    if rows:
+        parts = _scan(logits, scratch.best, None, choice)
+        pick_kernel[(rows,)](tokens, scratch.best, parts, num_warps=1)
 
 
 def draw(
@@ -81,47 +93,53 @@ def draw(
     sampling: SamplingTensors,
     mode: SamplingMode,
     scratch: SamplingScratch,
+    choice: DrawChoice = CHOICE,
 ) -> None:
     """Draw one token per row into tokens (L,) int32, as `sampling` says for each row.
 
     mode: of the same arrays. scratch: for at least L rows, and for `sampling`'s history and biases
     where `mode.adjusts`.
     """
+    rows = _check(tokens, logits)
+    if not rows:
+        return
     if mode.adjusts:
         adjust(logits, sampling, scratch.adjust)
     if mode.is_greedy:
-        draw_greedy(tokens, logits, scratch.draw)
+        draw_greedy(tokens, logits, scratch.draw, choice)
     else:
-        _draw_weighed(tokens, logits, sampling, scratch.draw)
+        own, stride, vocab = scratch.draw, logits.stride(0), logits.shape[1]
+        parts = _scan(logits, own.best, own.lowest, choice)
+        prepare_kernel[(rows,)](tokens, sampling, own, parts)
+        chunk, parts = divide_row(rows, vocab, WEIGHED.value, choice.programs)
+        warps = choice.weigh_warps
+        weigh_kernel[(rows, parts)](logits, own, stride, vocab, chunk, num_warps=warps)
+        warps = choice.search_warps
+        search_kernel[(rows,)](tokens, logits, sampling, own, stride, vocab, num_warps=warps)
     if mode.adjusts:
         restore(logits, sampling, scratch.adjust)
 
 
-def _draw_weighed(
-    tokens: Tensor, logits: Tensor, sampling: SamplingTensors, scratch: DrawScratch
-) -> None:
-    rows, vocab = _check(tokens, logits)
-    if not rows:
-        return
-    stride = logits.stride(0)
-    chunk, parts = divide_row(rows, vocab, BLOCK.value)
-    scan_kernel[(rows, parts)](scratch.best, scratch.lowest, logits, stride, vocab, chunk)
-    prepare_kernel[(rows,)](tokens, sampling, scratch, parts)
-    chunk, parts = divide_row(rows, vocab, WEIGHED.value)
-    weigh_kernel[(rows, parts)](logits, scratch, stride, vocab, chunk, num_warps=8)
-    search_kernel[(rows,)](tokens, logits, sampling, scratch, stride, vocab, num_warps=8)
+def _scan(logits: Tensor, best: Tensor, lowest: Tensor | None, choice: DrawChoice) -> int:
+    """Queues the pass for the largest values; returns how many parts a row was divided into."""
+    rows, vocab = logits.shape
+    chunk, parts = divide_row(rows, vocab, BLOCK.value, choice.programs)
+    stride, warps = logits.stride(0), choice.scan_warps
+    scan_kernel[(rows, parts)](best, lowest, logits, stride, vocab, chunk, num_warps=warps)
+    return parts
 
 
-def divide_row(rows: int, vocab: int, block: int) -> tuple[int, int]:
+def divide_row(rows: int, vocab: int, block: int, programs: int) -> tuple[int, int]:
     """Logits of a part, a multiple of `block`, and how many parts a row has."""
-    wanted = max(1, min(MAX_PARTS.value, PROGRAMS // rows))
+    wanted = max(1, min(MAX_PARTS.value, programs // rows))
     chunk = block * triton.cdiv(triton.cdiv(vocab, wanted), block)
     return chunk, triton.cdiv(vocab, chunk)
 
 
-def _check(tokens: Tensor, logits: Tensor) -> tuple[int, int]:
+def _check(tokens: Tensor, logits: Tensor) -> int:
+    """The number of rows."""
     rows, vocab = logits.shape
     assert tokens.shape == (rows,)
     assert logits.stride(1) == 1
     assert 0 < vocab <= MAX_VOCAB
-    return rows, vocab
+    return int(rows)
