@@ -1,9 +1,9 @@
 """Paged attention on the GPU: who is computed how.
 
-A step's rows of one token are decoded with split keys (attention_decode.py), all others are cut into
-tiles of tokens (attention_prefill.py); where a token's bits must not depend on its company, both go
-through one kernel (attention_exact.py). Owns the choice of tiles and of runs. Nothing is allocated
-here and nothing waits, so that calls may be captured.
+A step's rows of one token are decoded with split keys (attention_decode.py), all others are cut
+into tiles of tokens (attention_prefill.py); where a token's bits must not depend on its company,
+both go through one kernel (attention_exact.py). Owns the choice of tiles and of runs. Nothing is
+allocated here and nothing waits, so that calls may be captured.
 """
 
 from __future__ import annotations

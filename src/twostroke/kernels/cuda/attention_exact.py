@@ -1,13 +1,15 @@
 """Attention whose bits for a token depend on its own keys alone: one kernel for both strokes.
 
-Tiles have the same shape for every query: 64 of them, packed token by token and head by head, and 64
-keys, so that every product is made of the same instructions. Keys are cut into segments of 1024 that
-begin at multiples of 1024 positions. A segment has a running softmax of its own, and segments are
-folded from the left with explicit fused multiply-adds, in registers where a program walks over all of
-them, or by the last program to arrive, out of the scratch, where each has its own program. A tile
-or segment that a query does not see changes none of its numbers, so where walks begin does not
-matter. The very same machine code serves every launch.
+Tiles have the same shape for every query: 64 of them, packed token by token and head by head, and
+64 keys, so that every product is made of the same instructions. Keys are cut into segments of 1024
+that begin at multiples of 1024 positions. A segment has a running softmax of its own, and segments
+are folded from the left with explicit fused multiply-adds: in registers where a program walks over
+all of them, or out of the scratch, by the last program to arrive, where each has its own program. A
+tile or segment that a query does not see changes none of its numbers, so where walks begin does not
+matter.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -39,13 +41,12 @@ ROWS = 64
 
 
 class Cut(NamedTuple):
-    """How a launch is cut; never compiled in, so that all launches run the same code.
+    """How a launch is cut, in numbers that the compiler does not specialise on (see `_hide`).
 
-    items: pointer to rows, or to pairs of row and first token; width: integers of an item. tokens,
-    parts: of an item; is_split: whether every segment has its own program.
+    width: integers of an item, which is a row, or a row and a first token. tokens, parts: of an
+    item. is_split: whether every segment has its own program.
     """
 
-    items: Any
     width: Any
     tokens: Any
     parts: Any
@@ -74,29 +75,42 @@ def _launch(
     if tensor.shape[0] == 0:
         return
     parts = -(-tokens * work.group // ROWS)
-    cut = Cut(tensor, width, tokens, parts, int(segments > 1))
+    cut = Cut(*(_hide(number) for number in (width, tokens, parts, int(segments > 1))))
     assert segments == 1 or tensor.shape[0] * parts * work.kv_heads <= scratch.arrivals.shape[0]
-    wide = work.head_dim > 128
+    stages = 2 if work.head_dim > 128 else 3
     exact_kernel[(segments, work.kv_heads, tensor.shape[0] * parts)](
         cut,
         get_tensors(work, tensor),
         get_pool(work),
         get_sizes(work),
         get_parts(work, scratch, 1),
-        get_shape(work, ROWS, BLOCK_TOKENS, 2 if wide else 3),
-        num_warps=8 if wide else 4,
-        num_stages=2 if wide else 3,
+        get_shape(work, ROWS, BLOCK_TOKENS, stages),
+        num_warps=4 if work.head_dim <= 64 else 8,
+        num_stages=stages,
     )
 
 
-@triton.jit(do_not_specialize=["cut"])
+def _hide(number: int) -> int:
+    """An odd number above one: ones and multiples of 16 would be compiled into a kernel apart."""
+    return 2 * number + 3
+
+
+@triton.jit
+def show(hidden):
+    """The number that `_hide` hid."""
+    return (hidden - 3) // 2
+
+
+@triton.jit
 def exact_kernel(cut, tensors, pool, sizes, parts, shape):
     """Grid (segments if they are split, kv_heads, items * parts of an item)."""
     head = tl.program_id(1)
-    item = tl.program_id(2) // cut.parts
-    start = tl.program_id(2) % cut.parts * shape.rows
-    row = tl.load(cut.items + item * cut.width)
-    begin = tl.load(cut.items + item * cut.width + 1, mask=cut.width > 1, other=0)
+    item_parts = show(cut.parts)
+    is_split = show(cut.is_split) != 0
+    start = tl.program_id(2) % item_parts * shape.rows
+    at = tl.program_id(2) // item_parts * show(cut.width)
+    row = tl.load(tensors.items + at)
+    begin = tl.load(tensors.items + at + 1, mask=show(cut.width) > 1, other=0)
     if row < 0:
         return
     offset = tl.load(tensors.offsets + row)
@@ -105,7 +119,7 @@ def exact_kernel(cut, tensors, pool, sizes, parts, shape):
     first = begin + start // shape.group
     if first >= length:
         return
-    last = tl.minimum(begin + cut.tokens, length) - 1
+    last = tl.minimum(begin + show(cut.tokens), length) - 1
     last = tl.minimum(last, begin + (start + shape.rows - 1) // shape.group)
     packed = start + tl.arange(0, shape.rows)
     tokens = begin + packed // shape.group
@@ -125,14 +139,14 @@ def exact_kernel(cut, tensors, pool, sizes, parts, shape):
     segments = end - lowest // SEGMENT
     if tl.program_id(0) >= tl.maximum(segments, 1):
         return
-    if cut.is_split != 0:
+    if is_split:
         end = tl.minimum(segment + 1, end)
     place = tensors.tables + row.to(tl.int64) * sizes.table_row, head, past + last
     reach = segment, end, lowest
     state = look(q, past + tokens, reach, place, (pool, sizes), shape)
-    largest, weight, total = state
+    _, weight, total = state
     is_last = True
-    if (cut.is_split != 0) & (segments > 1):
+    if is_split & (segments > 1):
         leave(state, heads, is_own, parts, shape)
         # Every thread's part is written before the first one says so.
         tl.debug_barrier()
@@ -140,7 +154,7 @@ def exact_kernel(cut, tensors, pool, sizes, parts, shape):
         is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == segments - 1
         if is_last:
             tl.store(arrivals, 0)
-            largest, weight, total = gather(segments, heads, is_own, parts, shape)
+            _, weight, total = gather(segments, heads, is_own, parts, shape)
     # A row without keys is padding; it gets zeros.
     total = total / tl.where(weight > 0, weight, 1.0)[:, None]
     out = tensors.out + places * sizes.out_token + columns
@@ -151,7 +165,7 @@ def exact_kernel(cut, tensors, pool, sizes, parts, shape):
 def look(q, positions, reach, place, memory, shape):
     """Segments folded from the left: maxima, weights and totals of q (rows, head_pad)."""
     segment, end, lowest = reach
-    table, head, last = place
+    _, _, last = place
     all_largest = tl.full([shape.rows], UNSEEN, tl.float32)
     all_weight = tl.zeros([shape.rows], tl.float32)
     all_total = tl.zeros([shape.rows, shape.head_pad], tl.float32)
@@ -168,7 +182,7 @@ def look(q, positions, reach, place, memory, shape):
 def look_at_segment(q, positions, reach, place, memory, shape):
     """The running softmax of q over the blocks from `begin` to `finish`."""
     begin, finish = reach
-    table, head, last = place
+    _, head, last = place
     pool, sizes = memory
     largest = tl.full([shape.rows], UNSEEN, tl.float32)
     weight = tl.zeros([shape.rows], tl.float32)

@@ -5,6 +5,9 @@ or two blocks of the pool. Scores are kept in log2 units. The pool may hold anyt
 context, NaN included, so what lies there is never read: zero times NaN is NaN.
 """
 
+# ruff: noqa: SIM108 (Triton's branches are not values)
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -27,7 +30,7 @@ FOLDED_VALUES = 8192
 
 
 class Tensors(NamedTuple):
-    """Pointers of a launch: out and q, the items (rows or tiles) it works on, and where rows lie."""
+    """Pointers of a launch: out, q, the items (rows or tiles) it works on, and where rows lie."""
 
     out: Any
     q: Any
@@ -85,8 +88,8 @@ class Shape(NamedTuple):
 class Parts(NamedTuple):
     """Scratch of a launch (see AttentionScratch), and how results are cut and put together.
 
-    least: fewest blocks of a run, not constexpr. together: parts that are read at a time. group_pad:
-    the group rounded up to a power of two.
+    least: fewest blocks of a run. together, constexpr: parts that are read at a time. group_pad,
+    constexpr: the group rounded up to a power of two.
     """
 
     totals: Any
@@ -143,7 +146,7 @@ def get_parts(work: Work, scratch: AttentionScratch, least: int) -> Parts:
 
 
 def get_boxes(work: Work) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """The layer's keys and values as the hardware's own copies see them: a block's head at a time."""
+    """The layer's keys and values for the tensor memory accelerator, a head of a block each."""
     pad = triton.next_power_of_2(max(work.head_dim, 16))
     box = [1, 1, BLOCK_TOKENS, pad]
     keys, values = (
@@ -188,8 +191,8 @@ def find_block(table, number, last):
 
 @triton.jit
 def find_blocks(tile, place, shape):
-    """The block of a tile's keys, or (keys,) each key's block, at `place`: table, head, last key."""
-    table, head, last = place
+    """The block of a tile's keys, or (keys,) each key's; place: table, head, last key."""
+    table, _, last = place
     number = tile * (shape.keys // BLOCK)
     block = find_block(table, number, last)
     if shape.keys > BLOCK:
@@ -220,32 +223,8 @@ def load_tile(start, at, live, shape):
 
 
 @triton.jit
-def load_keys(pool, block, head, slots, live, shape):
-    """Keys (keys, head_pad) at `slots` (keys,) of `block`, and their scales (keys,) or None."""
-    at = block * pool.key_block + head * pool.key_head + slots * shape.head_dim
-    tile = load_tile(pool.key, at, live, shape)
-    scales = None
-    if pool.key_scales is not None:
-        at = block * pool.key_scale_block + head * pool.key_scale_head + slots
-        scales = load_scales(pool.key_scales, at, live)
-    return tile, scales
-
-
-@triton.jit
-def load_values(pool, block, head, slots, live, shape):
-    """Values (keys, head_pad) at `slots` (keys,) of `block`, and their scales (keys,) or None."""
-    at = block * pool.value_block + head * pool.value_head + slots * shape.head_dim
-    tile = load_tile(pool.value, at, live, shape)
-    scales = None
-    if pool.value_scales is not None:
-        at = block * pool.value_scale_block + head * pool.value_scale_head + slots
-        scales = load_scales(pool.value_scales, at, live)
-    return tile, scales
-
-
-@triton.jit
 def load_scales(start, at, live):
-    """Scales (keys,) at start + at; 0 where not `live`."""
+    """Scales (keys,) at start + at; 0 where not `live` (keys,), or None where all are."""
     if live is None:
         scales = tl.load(start + at)
     else:
@@ -265,46 +244,6 @@ def load_keys(pool, spot, live, dtype: tl.constexpr, shape):
 def scale_scores(scores, pool, spot, live, factor):
     """Scores (rows, keys) times factor and the scales of the keys at `spot`, if they have any."""
     block, head, slots = spot
-    if pool.key_scales is None:
-        scores = scores * factor
-    else:
-        at = block * pool.key_scale_block + head * pool.key_scale_head + slots
-        scores = scores * (load_scales(pool.key_scales, at, live) * factor)[None, :]
-    return scores
-
-
-@triton.jit
-def load_values(pool, block, head, slots, live, shape):
-    """Values (keys, head_pad) at `slots` (keys,) of `block`, and their scales (keys,) or None."""
-    at = block * pool.value_block + head * pool.value_head + slots * shape.head_dim
-    tile = load_tile(pool.value, at, live, shape)
-    scales = None
-    if pool.value_scales is not None:
-        at = block * pool.value_scale_block + head * pool.value_scale_head + slots
-        scales = load_scales(pool.value_scales, at, live)
-    return tile, scales
-
-
-@triton.jit
-def load_scales(start, at, live):
-    """Scales (keys,) at start + at; 0 where not `live`."""
-    if live is None:
-        scales = tl.load(start + at)
-    else:
-        scales = tl.load(start + at, mask=live, other=0.0)
-    return scales
-
-
-@triton.jit
-def score(q, pool, spot, live, factor, shape):
-    """Scores (rows, keys) of q (rows, head_pad) against the keys at `spot`, times factor.
-
-    spot: blocks, head and slots of the keys. What is not `live` (keys,) scores 0.
-    """
-    block, head, slots = spot
-    at = block * pool.key_block + head * pool.key_head + slots * shape.head_dim
-    keys = widen(load_tile(pool.key, at, live, shape), q.dtype)
-    scores = multiply(q, tl.trans(keys), tl.zeros([shape.rows, shape.keys], tl.float32))
     if pool.key_scales is None:
         scores = scores * factor
     else:

@@ -5,6 +5,8 @@ walks over the keys from the left: first tiles that a window's edge crosses, the
 query sees whole, then the diagonal. Whole tiles are fetched ahead of use.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -90,7 +92,9 @@ def prefill_kernel(tensors, pool, sizes, shape, key_box, value_box):
     dims = tl.arange(0, shape.head_pad)
     own = (tokens <= last)[:, None] & (dims < shape.head_dim)[None, :]
     places = (offset + tokens).to(tl.int64)[:, None]
-    columns = ((head * shape.group + packed % shape.group) * shape.head_dim)[:, None] + dims[None, :]
+    columns = ((head * shape.group + packed % shape.group) * shape.head_dim)[:, None] + dims[
+        None, :
+    ]
     q = tl.load(tensors.q + places * sizes.q_token + columns, mask=own, other=0.0)
     place = tensors.tables + row.to(tl.int64) * sizes.table_row, head, past + last
     boxes = key_box, value_box
@@ -105,8 +109,8 @@ def look(q, positions, place, memory, boxes, shape):
     positions: of the queries (rows,), and their first.
     """
     positions, first = positions
-    table, head, last = place
-    pool, sizes = memory
+    _, head, last = place
+    _, sizes = memory
     slots = tl.arange(0, shape.keys) % BLOCK
     largest = tl.full([shape.rows], UNSEEN, tl.float32)
     weight = tl.zeros([shape.rows], tl.float32)
@@ -152,7 +156,7 @@ def multiply_keys(q, spot, pool, key_box, shape):
     if key_box is None:
         keys = load_keys(pool, spot, None, q.dtype, shape)
     else:
-        block, head, slots = spot
+        block, head, _ = spot
         keys = key_box.load([block.to(tl.int32), head, 0, 0]).reshape(shape.keys, shape.head_pad)
     return tl.dot(q, tl.trans(keys))
 
@@ -166,7 +170,7 @@ def see_whole(q, spot, state, memory, boxes, shape):
     if value_box is None:
         values = load_values(pool, spot, None, q.dtype, shape)
     else:
-        block, head, slots = spot
+        block, head, _ = spot
         values = value_box.load([block.to(tl.int32), head, 0, 0])
         values = values.reshape(shape.keys, shape.head_pad)
     if pool.key_scales is None:
@@ -186,7 +190,7 @@ def see_edge(tile, edge, spot, state, places, shape):
     q, positions, last, window = edge
     memory, boxes = places
     pool, sizes = memory
-    key_box, value_box = boxes
+    key_box, _ = boxes
     at = tile * shape.keys + tl.arange(0, shape.keys)
     seen = at[None, :] <= tl.minimum(positions, last)[:, None]
     if shape.windowed:

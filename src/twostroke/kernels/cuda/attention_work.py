@@ -17,7 +17,7 @@ from twostroke.kernels.cuda.types import BLOCK_TOKENS, KvLayer, StepTensors, Ten
 SEGMENT_TOKENS = 1024
 # Multiprocessors assumed where there is no GPU to ask, in the interpreter.
 ASSUMED_PROCESSORS = 132
-# A decode row has this many places for parts of its result on average, a step at least LEAST_PLACES.
+# Places for parts of results: so many a decode row on average, and at least so many for a step.
 PLACES_A_ROW = 4
 LEAST_PLACES = 1024
 
