@@ -7,34 +7,15 @@ shapes alone, so that all of it may be captured in a graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 
-from twostroke.kernels.cuda.overlap import can_overlap, get_options
-from twostroke.kernels.cuda.stream import stream_tile, stream_vector
+from twostroke.kernels.cuda.overlap import can_overlap
+from twostroke.kernels.cuda.stream import Stream, Tile, stream_tile, stream_vector
 from twostroke.kernels.cuda.types import PLAIN, DenseMatrix, Fused, Tensor
 
 # Beyond this many rows a product is no longer bound by reading the matrix once.
 FEW_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program does at a time, and how.
-
-    rows of the matrix, columns, and tokens, powers of two; with 0 tokens it is the kernel for one
-    token, on the CUDA cores. warps: of a program. stages: tiles in flight, the one in use included.
-    prefetched: bytes of each row asked for before the launch before is complete; a multiple of 16.
-    """
-
-    rows: int
-    columns: int
-    tokens: int
-    warps: int
-    stages: int
-    prefetched: int = 0
 
 
 # One instruction shape, 64 by 128 by 16, for every number of tokens: what a row of the result is
@@ -146,23 +127,15 @@ def _launch_vector(
 ) -> None:
     assert x.shape[0] == 1
     width = out.shape[1]
-    stream_vector[triton.cdiv(width, tile.rows // 2 if fused.gate else tile.rows),](
-        out,
-        x,
-        matrix.values,
-        *_get_fused_tensors(x, fused),
-        width,
-        fused.eps,
-        INPUTS=matrix.inputs,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        NORMED=fused.norm is not None,
-        BIASED=fused.bias is not None,
-        GATE=fused.gate,
-        ADDED=fused.residual is not None,
-        AHEAD=tile.stages,
-        PREFETCHED=_limit_prefetch(tile, matrix),
-        **get_options(overlap, tile.warps),
+    stream = Stream(tile, matrix.inputs, fused.gate, EXACT_GROUP, overlap)
+    stream_vector[triton.cdiv(width, stream.width),](
+        (out, x),
+        (matrix.values, width),
+        (fused.norm, fused.bias, fused.residual, fused.eps),
+        STREAM=stream,
+        num_warps=tile.warps,
+        num_stages=1,
+        launch_pdl=overlap,
     )
 
 
@@ -170,46 +143,19 @@ def _launch_tiles(
     out: Tensor, x: Tensor, matrix: DenseMatrix, fused: Fused, tile: Tile, overlap: bool
 ) -> None:
     tokens, width = out.shape
-    row_tiles = triton.cdiv(width, tile.rows // 2 if fused.gate else tile.rows)
+    stream = Stream(tile, matrix.inputs, fused.gate, EXACT_GROUP, overlap)
     residual = fused.residual
-    stream_tile[row_tiles * triton.cdiv(tokens, tile.tokens),](
-        out,
-        x,
-        matrix.values,
-        *_get_fused_tensors(x, fused),
+    residual_stride = 0 if residual is None else _get_stride(residual)
+    stream_tile[triton.cdiv(width, stream.width) * triton.cdiv(tokens, tile.tokens),](
+        (out, x, _get_stride(out), _get_stride(x)),
         tokens,
-        width,
-        fused.eps,
-        _get_stride(out),
-        _get_stride(x),
-        0 if residual is None else _get_stride(residual),
-        INPUTS=matrix.inputs,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        TOKENS=tile.tokens,
-        GROUP=EXACT_GROUP,
-        NORMED=fused.norm is not None,
-        BIASED=fused.bias is not None,
-        GATE=fused.gate,
-        ADDED=residual is not None,
-        PREFETCHED=_limit_prefetch(tile, matrix),
-        **get_options(overlap, tile.warps, tile.stages),
+        (matrix.values, width),
+        (fused.norm, fused.bias, residual, residual_stride, fused.eps),
+        STREAM=stream,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        launch_pdl=overlap,
     )
-
-
-def _get_fused_tensors(x: Tensor, fused: Fused) -> tuple[Tensor, Tensor, Tensor]:
-    """norm, bias and residual; x stands in where there is none, and is not read as such."""
-    return (
-        x if fused.norm is None else fused.norm,
-        x if fused.bias is None else fused.bias,
-        x if fused.residual is None else fused.residual,
-    )
-
-
-def _limit_prefetch(tile: Tile, matrix: DenseMatrix) -> int:
-    """Bytes to prefetch of a row: none beyond it, none where rows do not begin on 16 bytes."""
-    row_bytes = matrix.inputs * matrix.values.element_size()
-    return min(tile.prefetched, row_bytes) if row_bytes % 16 == 0 else 0
 
 
 def _get_stride(x: Tensor) -> int:
