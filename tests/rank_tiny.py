@@ -26,6 +26,7 @@ class TinyJob:
     family: str
     seed: int
     exact: bool = False
+    layers: int = 2
 
 
 def make_tiny_rank(context: RankContext, job: object) -> RankExecutor:
@@ -36,15 +37,17 @@ def make_tiny_rank(context: RankContext, job: object) -> RankExecutor:
     return open_tiny(job, ranks)
 
 
-def make_small_spec(family: str) -> ModelSpec:
+def make_small_spec(job: TinyJob) -> ModelSpec:
     """A model small enough for the interpreter, which has no products of bfloat16, in float16."""
+    whole = TINY_SPECS[job.family]
     spec = replace(
-        TINY_SPECS[family],
+        whole,
         width=32,
         ffn_width=64,
         num_heads=4,
         num_kv_heads=2,
         vocab_size=VOCAB,
+        layers=whole.layers[: job.layers],
     )
     formats = tuple((tensor.name, Format.F16) for tensor in spec.tensors())
     return replace(spec, formats=formats)
@@ -52,7 +55,7 @@ def make_small_spec(family: str) -> ModelSpec:
 
 def open_tiny(job: TinyJob, ranks: Collectives) -> RankExecutor:
     """A rank's executor; of the whole model where `ranks` is alone."""
-    spec = make_small_spec(job.family)
+    spec = make_small_spec(job)
     options = CudaOptions(
         device="cpu",
         kv_element=KvElement.F16,
