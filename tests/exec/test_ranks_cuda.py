@@ -102,6 +102,7 @@ def test_two_ranks_err_at_most_twice_as_much_as_one(family: str, tensor: int) ->
     assert get_error(divided, wanted) <= 2 * get_error(run_alone(job), wanted)
 
 
+@pytest.mark.slow
 def test_stages_compute_what_one_rank_computes_bit_for_bit() -> None:
     job = TinyJob("llama", SEED)
     assert run_ranks(job, RankLayout(stages=2)) == run_alone(job)
