@@ -268,6 +268,20 @@ def test_exact_bits_do_not_depend_on_the_other_tokens(shared: bool, device: str)
         assert torch.equal(alone, together[rows])
 
 
+def test_a_small_workspace_takes_the_tokens_in_turns(device: str) -> None:
+    matrix = make_matrix((64, 256), (4, 32), device)
+    x = make_inputs(37, 256, torch.float16, device)
+    work = quantised.make_workspace(torch.device(device))
+    config = Config(1, 64, 16, parts=2)
+    small = quantised.Workspace(work.partials[: 2 * 65 * 16], work.counters)
+    outs = [poison(37, 64, torch.float16, device) for _ in range(2)]
+    fused = Fused(residual=make_inputs(37, 64, torch.float16, device))
+    quantised.product(outs[0], x, matrix, fused, work, config)
+    quantised.product(outs[1], x, matrix, fused, small, config)
+    check(outs[0], x, matrix, fused)
+    assert torch.equal(outs[0], outs[1])
+
+
 def test_parts_add_up_the_same_every_time(device: str) -> None:
     matrix = make_matrix((64, 1024), (4, 32), device)
     x = make_inputs(9, 1024, torch.float16, device)

@@ -57,7 +57,7 @@ ONE = {
     128: (
         Config(8, 16, 1, stages=3),
         Config(4, 32, 2, stages=3),
-        Config(8, 16, 1, stages=4, warps=2),
+        Config(8, 16, 1, stages=3, warps=2),
     ),
 }
 FEW = {
@@ -74,7 +74,9 @@ FEW = {
 }
 MANY = (
     Config(1, 128, 128, warps=8, stages=3, scale_weights=True, prefetch=0),
-    Config(1, 128, 256, warps=8, stages=3, scale_weights=True, prefetch=0),
+    Config(1, 128, 128, warps=8, stages=2, scale_weights=True, prefetch=0),
+    Config(1, 64, 128, warps=4, stages=3, scale_weights=True, prefetch=0),
+    Config(1, 128, 64, warps=4, stages=3, scale_weights=True, prefetch=0),
 )
 
 

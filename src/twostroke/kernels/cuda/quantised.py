@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from twostroke.kernels.cuda.overlap import can_overlap
+from twostroke.kernels.cuda.overlap import can_overlap, get_options
 from twostroke.kernels.cuda.quantised_choice import (
     Config,
     choose_exact,
@@ -32,6 +32,7 @@ GATES = ("silu", "gelu_tanh")
 # Rows of a program that writes weights out, and columns of one that gathers rows.
 WRITE_ROWS = 64
 GATHER_COLUMNS = 1024
+GATHER_WARPS = 4
 # Float32 values and counters of a Workspace: what the configurations of quantised_choice.py need.
 WORK_VALUES = 1 << 22
 WORK_COUNTERS = 1 << 12
@@ -47,6 +48,14 @@ class Workspace:
 
     partials: Tensor
     counters: Tensor
+
+    def count_token_tiles(self, config: Config, outputs: int) -> int:
+        """Tiles of tokens that one launch has room for."""
+        tiles = triton.cdiv(outputs, config.rows)
+        values = tiles * config.parts * (config.rows + 1) * config.columns
+        room = min(self.partials.numel() // values, self.counters.numel() // tiles)
+        assert room > 0, f"the workspace is too small for {config}"
+        return room
 
 
 def make_workspace(device: torch.device) -> Workspace:
@@ -155,6 +164,7 @@ def embed(out: Tensor, tokens: Tensor, matrix: QuantMatrix, scale: float) -> Non
         scale,
         LAYOUT=get_layout(matrix),
         BLOCK=GATHER_COLUMNS,
+        **get_options(can_overlap(out.device), GATHER_WARPS),
     )
 
 
@@ -175,27 +185,25 @@ def _launch(
     assert out.stride(1) == 1
     assert fused.gate in ("", *GATES)
     assert matrix.packed.numel() < 1 << 31, "the kernel counts words in 32 bits"
-    if tokens == 0:
-        return
     tiles = config.get_tiles(matrix, fused.gate, _is_compiled(), can_overlap(x.device))
-    grid = config.get_grid(tokens, outputs)
     memory: tuple[Tensor | None, Tensor | None] = (None, None)
+    step = tokens
     if config.parts > 1:
         assert work is not None, "parts of a product need a workspace"
-        assert grid[0] * grid[1] <= work.counters.numel()
-        values = grid[0] * grid[1] * config.parts * (config.rows + 1) * config.columns
-        assert values <= work.partials.numel()
         memory = (work.partials, work.counters)
-    multiply[grid](
-        (out, x, out.stride(0), x.stride(0)),
-        tokens,
-        _get_tensors(matrix),
-        _get_fused(fused),
-        memory,
-        TILES=tiles,
-        num_warps=config.warps,
-        launch_pdl=tiles.overlap,
-    )
+        step = min(tokens, config.columns * work.count_token_tiles(config, outputs))
+    for begin in range(0, tokens, max(step, 1)):
+        part = slice(begin, min(begin + step, tokens))
+        multiply[config.get_grid(part.stop - begin, outputs)](
+            (out[part], x[part], out.stride(0), x.stride(0)),
+            part.stop - begin,
+            _get_tensors(matrix),
+            _get_fused(fused, part),
+            memory,
+            TILES=tiles,
+            num_warps=config.warps,
+            launch_pdl=tiles.overlap,
+        )
 
 
 def _get_tensors(matrix: QuantMatrix) -> tuple[Any, ...]:
@@ -203,10 +211,12 @@ def _get_tensors(matrix: QuantMatrix) -> tuple[Any, ...]:
     return (matrix.packed, matrix.scales, matrix.minimums, matrix.outputs, matrix.inputs)
 
 
-def _get_fused(fused: Fused) -> tuple[Any, ...]:
-    """What is fused as the kernel takes it."""
-    residual = fused.residual
-    stride = 0 if residual is None else residual.stride(0)
+def _get_fused(fused: Fused, part: slice) -> tuple[Any, ...]:
+    """What is fused, of these tokens, as the kernel takes it."""
+    residual, stride = fused.residual, 0
+    if residual is not None:
+        assert residual.stride(1) == 1
+        residual, stride = residual[part], residual.stride(0)
     return (fused.norm, fused.bias, residual, stride, fused.eps)
 
 

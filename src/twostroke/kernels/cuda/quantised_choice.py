@@ -45,8 +45,8 @@ class Config:
         """The constants of the kernel."""
         layout, inputs = get_layout(matrix), matrix.inputs
         overlap = self.overlap and can_overlap
-        # The device asks for whole runs of rows, at addresses of 16 bytes.
-        can_prefetch = overlap and matrix.outputs % 8 == 0 and matrix.outputs >= 2 * self.rows
+        # The device asks for whole runs of rows.
+        can_prefetch = overlap and matrix.outputs >= 2 * self.rows
         return Tiles(
             layout=layout,
             gate=gate,
@@ -90,7 +90,7 @@ def choose_few(tokens: int, matrix: QuantMatrix, is_shared: bool) -> Config:
 
 def choose_many(tokens: int) -> Config:
     """Tiles for more tokens."""
-    return Config(1, 128, 128, warps=8, stages=3, scale_weights=True, prefetch=0)
+    return Config(1, 128, 128, warps=8, stages=2, scale_weights=True, prefetch=0)
 
 
 def choose_exact(matrix: QuantMatrix, is_shared: bool) -> Config:

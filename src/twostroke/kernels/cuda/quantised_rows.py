@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from twostroke.kernels.cuda.overlap import begin_overlapped
 from twostroke.kernels.cuda.quantised_unpack import take_half, take_scales, unpack
 
 DEPTH = tl.constexpr(32)
@@ -48,8 +49,18 @@ def write_rows(
 
 
 @triton.jit
-def gather_rows(out, tokens, matrix, out_stride, scale, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+def gather_rows(
+    out,
+    tokens,
+    matrix,
+    out_stride,
+    scale,
+    LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Row tokens[i] of the matrix, times scale, becomes row i of out. Grid (tokens, pieces)."""
+    begin_overlapped(OVERLAP)
     packed, scales, minimums, outputs, inputs = matrix
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inputs
