@@ -129,8 +129,9 @@ class CudaRunner:
         self._turn = 0
         self._last: tuple[Program, StagedView] | None = None
         self._few_rows = FEW_ROWS if has_quantised(model.weights) else 1
+        token_rungs = tuple(rung for rung in limits.token_rungs if rung <= limits.tokens)
         self._ladder = Ladder(
-            limits.rungs, limits.token_rungs, limits.rows, limits.table_blocks, self._tile
+            limits.rungs, token_rungs, limits.rows, limits.table_blocks, self._tile
         )
         self._graphs: dict[StepCounts, Run] = {}
 
