@@ -69,10 +69,11 @@ def test_tiles_of_any_size_give_the_same_attention(rows: int, keys: int, device:
     check(case)
 
 
+@pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("dim", [64, 80])
-def test_copies_of_whole_boxes_give_the_same_attention(dim: int, device: str) -> None:
-    case = make_case((Row(60, 150),), Heads(2, 2, dim), Kind(), device)
-    prefill(case.work, PrefillConfig(64, 64, warps=4, stages=2, boxes=True))
+def test_copies_of_whole_boxes_give_the_same_attention(dim: int, keys: int, device: str) -> None:
+    case = make_case((Row(160, 150),), Heads(2, 2, dim), Kind(), device)
+    prefill(case.work, PrefillConfig(64, keys, warps=4, stages=2, boxes=True))
     check(case)
 
 

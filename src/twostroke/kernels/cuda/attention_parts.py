@@ -191,15 +191,26 @@ def find_block(table, number, last):
 
 @triton.jit
 def find_blocks(tile, place, shape):
-    """The block of a tile's keys, or (keys,) each key's; place: table, head, last key."""
+    """The block of a tile's keys, or its two in one int64, the first lower; place: table, _, last.
+
+    `last` is the last key that is of interest.
+    """
     table, _, last = place
     number = tile * (shape.keys // BLOCK)
     block = find_block(table, number, last)
     if shape.keys > BLOCK:
         tl.static_assert(shape.keys == 2 * BLOCK)
-        second = find_block(table, number + 1, last)
-        block = tl.where(tl.arange(0, shape.keys) < BLOCK, block, second)
+        block += find_block(table, number + 1, last) << 32
     return block
+
+
+@triton.jit
+def get_spot(block, head, shape):
+    """Where a tile's keys lie: each key's block, or one that all share, the head, their slots."""
+    slots = tl.arange(0, shape.keys)
+    if shape.keys > BLOCK:
+        block = tl.where(slots < BLOCK, block & 0xFFFFFFFF, block >> 32)
+    return block, head, slots % BLOCK
 
 
 @triton.jit
@@ -281,4 +292,19 @@ def absorb(scores, factor, values, state):
     weights = tl.exp2(scores * factor - new_largest[:, None])
     weight = weight * keep + tl.sum(weights, 1)
     total = tl.dot(weights.to(values.dtype), values, total * keep[:, None])
+    return new_largest, weight, total
+
+
+@triton.jit
+def absorb_pair(scores, factor, values, state):
+    """`absorb` of two tiles at once: scores and values are pairs."""
+    largest, weight, total = state
+    peaks = tl.maximum(tl.max(scores[0], 1), tl.max(scores[1], 1))
+    new_largest = tl.maximum(largest, peaks * factor)
+    keep = tl.exp2(largest - new_largest)
+    left = tl.exp2(scores[0] * factor - new_largest[:, None])
+    right = tl.exp2(scores[1] * factor - new_largest[:, None])
+    weight = weight * keep + (tl.sum(left, 1) + tl.sum(right, 1))
+    total = tl.dot(left.to(values[0].dtype), values[0], total * keep[:, None])
+    total = tl.dot(right.to(values[1].dtype), values[1], total)
     return new_largest, weight, total

@@ -18,12 +18,14 @@ from twostroke.kernels.cuda.attention_parts import (
     BLOCK,
     UNSEEN,
     absorb,
+    absorb_pair,
     bound,
     find_blocks,
     get_boxes,
     get_pool,
     get_shape,
     get_sizes,
+    get_spot,
     get_tensors,
     load_keys,
     load_values,
@@ -111,7 +113,6 @@ def look(q, positions, place, memory, boxes, shape):
     positions, first = positions
     _, head, last = place
     _, sizes = memory
-    slots = tl.arange(0, shape.keys) % BLOCK
     largest = tl.full([shape.rows], UNSEEN, tl.float32)
     weight = tl.zeros([shape.rows], tl.float32)
     total = tl.zeros([shape.rows, shape.head_pad], tl.float32)
@@ -130,59 +131,63 @@ def look(q, positions, place, memory, boxes, shape):
             # fetching the tile need not wait for it.
             following = find_blocks(tile + 1, place, shape)
             state = largest, weight, total
-            spot = block, head, slots
+            spot = block, head
             largest, weight, total = see_edge(tile, edge, spot, state, (memory, boxes), shape)
             block = following
     block = find_blocks(whole, place, shape)
     for tile in tl.range(bound(whole), bound(diagonal), num_stages=shape.stages):
         following = find_blocks(tile + 1, place, shape)
         state = largest, weight, total
-        spot = block, head, slots
+        spot = block, head
         largest, weight, total = see_whole(q, spot, state, memory, boxes, shape)
         block = following
     block = find_blocks(diagonal, place, shape)
     for tile in tl.range(bound(diagonal), bound(end), num_stages=shape.stages):
         following = find_blocks(tile + 1, place, shape)
         state = largest, weight, total
-        spot = block, head, slots
+        spot = block, head
         largest, weight, total = see_edge(tile, edge, spot, state, (memory, boxes), shape)
         block = following
     return total / weight[:, None]
 
 
 @triton.jit
-def multiply_keys(q, spot, pool, key_box, shape):
-    """q times the tile of keys at `spot`, whole: (rows, keys) without scales."""
-    if key_box is None:
-        keys = load_keys(pool, spot, None, q.dtype, shape)
-    else:
-        block, head, _ = spot
-        keys = key_box.load([block.to(tl.int32), head, 0, 0]).reshape(shape.keys, shape.head_pad)
-    return tl.dot(q, tl.trans(keys))
-
-
-@triton.jit
-def see_whole(q, spot, state, memory, boxes, shape):
+def see_whole(q, block, state, memory, boxes, shape):
     """The running softmax `state` with one more tile of keys, which every query sees."""
     pool, sizes = memory
     key_box, value_box = boxes
-    scores = multiply_keys(q, spot, pool, key_box, shape)
-    if value_box is None:
+    if key_box is None:
+        spot = get_spot(block[0], block[1], shape)
+        scores = tl.dot(q, tl.trans(load_keys(pool, spot, None, q.dtype, shape)))
         values = load_values(pool, spot, None, q.dtype, shape)
+        if pool.key_scales is None:
+            state = absorb(scores, sizes.factor, values, state)
+        else:
+            scores = scale_scores(scores, pool, spot, None, sizes.factor)
+            state = absorb(scores, 1.0, values, state)
+    elif shape.keys == BLOCK:
+        scores = tl.dot(q, tl.trans(load_box(key_box, block, shape)))
+        state = absorb(scores, sizes.factor, load_box(value_box, block, shape), state)
     else:
-        block, head, _ = spot
-        values = value_box.load([block.to(tl.int32), head, 0, 0])
-        values = values.reshape(shape.keys, shape.head_pad)
-    if pool.key_scales is None:
-        state = absorb(scores, sizes.factor, values, state)
-    else:
-        scores = scale_scores(scores, pool, spot, None, sizes.factor)
-        state = absorb(scores, 1.0, values, state)
+        # A box is one block: two of them are two products.
+        left = block[0] & 0xFFFFFFFF, block[1]
+        right = block[0] >> 32, block[1]
+        left_scores = tl.dot(q, tl.trans(load_box(key_box, left, shape)))
+        right_scores = tl.dot(q, tl.trans(load_box(key_box, right, shape)))
+        values = load_box(value_box, left, shape), load_box(value_box, right, shape)
+        state = absorb_pair((left_scores, right_scores), sizes.factor, values, state)
     return state
 
 
 @triton.jit
-def see_edge(tile, edge, spot, state, places, shape):
+def load_box(box, block, shape):
+    """All keys or values (BLOCK, head_pad) of a block's head; block: the two."""
+    tile = box.load([block[0].to(tl.int32), block[1], 0, 0])
+    return tile.reshape(BLOCK, shape.head_pad)
+
+
+@triton.jit
+def see_edge(tile, edge, block, state, places, shape):
     """The running softmax `state` with one more tile, whose keys are hidden from some queries.
 
     Keys beyond the last one are read as they are, for their scores are replaced; values are not.
@@ -191,11 +196,15 @@ def see_edge(tile, edge, spot, state, places, shape):
     memory, boxes = places
     pool, sizes = memory
     key_box, _ = boxes
+    spot = get_spot(block[0], block[1], shape)
     at = tile * shape.keys + tl.arange(0, shape.keys)
     seen = at[None, :] <= tl.minimum(positions, last)[:, None]
     if shape.windowed:
         seen = seen & (at[None, :] > positions[:, None] - window)
-    scores = multiply_keys(q, spot, pool, key_box, shape)
+    if key_box is None or shape.keys > BLOCK:
+        scores = tl.dot(q, tl.trans(load_keys(pool, spot, None, q.dtype, shape)))
+    else:
+        scores = tl.dot(q, tl.trans(load_box(key_box, block, shape)))
     scores = scale_scores(scores, pool, spot, None, sizes.factor)
     values = load_values(pool, spot, at <= last, q.dtype, shape)
     return absorb(tl.where(seen, scores, UNSEEN), 1.0, values, state)
