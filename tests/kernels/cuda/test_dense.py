@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kernels.cuda_support import HALVES, assert_as_exact_as_plain, draw, poison, to_numpy
 from twostroke.kernels.cuda import dense
-from twostroke.kernels.cuda.dense import Tile, product, product_exact, product_many
+from twostroke.kernels.cuda.dense import product, product_exact, product_many
+from twostroke.kernels.cuda.stream import Tile
 from twostroke.kernels.cuda.types import PLAIN, DenseMatrix, Fused
 from twostroke.kernels.reference import ops
 

@@ -19,9 +19,10 @@ import torch
 
 from twostroke.bench.gpu.timing import Pace, time_launch
 from twostroke.kernels.cuda import rows
-from twostroke.kernels.cuda.dense import Tile, product, product_exact, product_many
+from twostroke.kernels.cuda.dense import product, product_exact, product_many
 from twostroke.kernels.cuda.overlap import can_overlap
 from twostroke.kernels.cuda.rope import HeadRope, HeadShape, rope_write
+from twostroke.kernels.cuda.stream import Tile
 from twostroke.kernels.cuda.types import (
     BLOCK_TOKENS,
     PLAIN,
