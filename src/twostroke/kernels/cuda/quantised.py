@@ -142,8 +142,7 @@ def dequantise(out: Tensor, matrix: QuantMatrix, begin: int = 0) -> None:
     write_rows[grid](
         out,
         _get_tensors(matrix),
-        begin,
-        begin + rows,
+        (begin, begin + rows),
         LAYOUT=layout,
         ROWS=WRITE_ROWS,
         ASM=_is_compiled(),
@@ -157,10 +156,8 @@ def embed(out: Tensor, tokens: Tensor, matrix: QuantMatrix, scale: float) -> Non
     if count == 0:
         return
     gather_rows[count, triton.cdiv(inputs, GATHER_COLUMNS)](
-        out,
-        tokens,
+        (out, out.stride(0), tokens),
         _get_tensors(matrix),
-        out.stride(0),
         scale,
         LAYOUT=get_layout(matrix),
         BLOCK=GATHER_COLUMNS,

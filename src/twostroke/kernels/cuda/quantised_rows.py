@@ -15,14 +15,13 @@ DEPTH = tl.constexpr(32)
 
 
 @triton.jit
-def write_rows(
-    out, matrix, begin, end, LAYOUT: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr
-):
-    """out (end - begin, inputs) = rows begin … end - 1 of the matrix, rounded once.
+def write_rows(out, matrix, span, LAYOUT: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """out (rows, inputs) = rows span[0] … span[1] - 1 of the matrix, rounded once.
 
     matrix: (packed, scales, minimums or None, outputs, inputs). Grid (row tiles, cells).
     """
     packed, scales, minimums, outputs, inputs = matrix
+    begin, end = span
     DTYPE: tl.constexpr = out.dtype.element_ty
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(begin + local, end - 1)
@@ -50,17 +49,14 @@ def write_rows(
 
 @triton.jit
 def gather_rows(
-    out,
-    tokens,
-    matrix,
-    out_stride,
-    scale,
-    LAYOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    places, matrix, scale, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """Row tokens[i] of the matrix, times scale, becomes row i of out. Grid (tokens, pieces)."""
+    """Row tokens[i] of the matrix, times scale, becomes row i of out. Grid (tokens, pieces).
+
+    places: (out, its stride, tokens).
+    """
     begin_overlapped(OVERLAP)
+    out, out_stride, tokens = places
     packed, scales, minimums, outputs, inputs = matrix
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inputs
