@@ -13,7 +13,7 @@ from twostroke.bench.gpu.main import parse_arguments, run
 from twostroke.bench.gpu.plot import draw
 from twostroke.bench.gpu.report import list_steps, write_report
 from twostroke.bench.gpu.results import Run, list_missing, list_rows, load, save
-from twostroke.bench.gpu.workloads import Cell, get_cell_work, get_model
+from twostroke.bench.gpu.workloads import MODELS, Cell, get_cell_work, get_model
 from twostroke.errors import TwostrokeError
 from twostroke.plan.step_time import CAPTURED
 
@@ -102,7 +102,7 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
 
 def make_full_run() -> Run:
     """A run with something in every section."""
-    one = make_predicted_run(CAPTURED)
+    one = make_predicted_run(CAPTURED, MODELS[:1])
     one.add("steps", [make_step("llama-2-7b", DECODE, 0.01, exact=True)])
     for engine in ("twostroke", "pytorch", "transformers"):
         spread = {"seconds": 0.01, "lowest": 0.01, "highest": 0.01, "repeats": 5}

@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostroke.bench.gpu.kernels import HeadSizes, make_case
 from twostroke.bench.gpu.results import Row
-from twostroke.bench.gpu.timing import Launch, Pace, time_interleaved
+from twostroke.bench.gpu.timing import Launch, Pace, capture, time_interleaved
 from twostroke.kernels.cuda.types import Tensor
 from twostroke.spec.work import count_pairs
 
 # Bytes of keys and values that launches take in turn; far more than an L2 cache holds.
 _ROTATED_BYTES = 512 << 20
+_LEAST_TURNS = 3  # of every copy, in one sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ SHAPES = (
     AttentionShape("decode-32x8192-grouped", 32, 1, 8192, 32, 8),
 )
 FAKE_SHAPES = (
-    AttentionShape("prefill-8192", 1, 100, 100, 4, 2, 64),
-    AttentionShape("decode-32x2048", 2, 1, 100, 4, 2, 64),
+    AttentionShape("prefill-100", 1, 100, 100, 4, 2, 64),
+    AttentionShape("decode-2x100", 2, 1, 100, 4, 2, 64),
 )
 
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -81,16 +82,20 @@ def _measure(shape: AttentionShape, device: torch.device, pace: Pace) -> Row:
     cases = [
         make_case(shape.batch, shape.tokens, shape.context, sizes, device) for _ in range(copies)
     ]
-    launches: dict[str, Launch] = {"ours": _in_turn([case.prepare() for case in cases])}
-    theirs = [(case.q, case.k, case.v) for case in cases]
-    launches["sdpa"] = _in_turn([_make_sdpa(shape, *tensors) for tensors in theirs])
+    tensors = [(case.q, case.k, case.v) for case in cases]
+    launches = {
+        "ours": [case.prepare() for case in cases],
+        "sdpa": [_make_sdpa(shape, *each) for each in tensors],
+    }
     if device.type == "cuda":
         for name, backend in _BACKENDS.items():
-            launch = _in_turn([_make_sdpa(shape, *tensors) for tensors in theirs])
-            if _can_run(launch, backend):
-                launches[name] = _use(launch, backend)
-    error = _get_error(shape, cases[0].prepare(), theirs[0])
-    times = time_interleaved(launches, device, pace)
+            told = [_use(_make_sdpa(shape, *each), backend) for each in tensors]
+            if _can_run(told[0]):
+                launches[name] = told
+    error = _get_error(shape, launches["ours"][0], tensors[0])
+    rounds = {name: _go_round(each, device) for name, each in launches.items()}
+    times = time_interleaved(rounds, device, pace)
+    turns = _LEAST_TURNS * copies
     return {
         "name": shape.name,
         "batch": shape.batch,
@@ -101,20 +106,19 @@ def _measure(shape: AttentionShape, device: torch.device, pace: Pace) -> Row:
         "flops": shape.flops,
         "kv_bytes": shape.kv_bytes,
         "error": error,
-        **{f"{name}_s": timed.seconds for name, timed in times.items()},
+        **{f"{name}_s": timed.seconds / turns for name, timed in times.items()},
     }
 
 
-def _in_turn(launches: list[Launch]) -> Launch:
-    """One launch after the other, round and round."""
-    place = 0
+def _go_round(launches: Sequence[Launch], device: torch.device) -> Launch:
+    """One launch after the other, _LEAST_TURNS times; on a GPU as one graph, without the host."""
 
-    def launch() -> Any:
-        nonlocal place
-        place = (place + 1) % len(launches)
-        return launches[place]()
+    def launch() -> None:
+        for _ in range(_LEAST_TURNS):
+            for each in launches:
+                each()
 
-    return launch
+    return capture(launch, device) if device.type == "cuda" else launch
 
 
 def _make_sdpa(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> Launch:
@@ -132,9 +136,9 @@ def _use(launch: Launch, backend: SDPBackend) -> Launch:
     return launch_with
 
 
-def _can_run(launch: Launch, backend: SDPBackend) -> bool:
+def _can_run(launch: Launch) -> bool:
     try:
-        _use(launch, backend)()
+        launch()
     except RuntimeError:  # PyTorch's word for a kernel that does not take these shapes
         return False
     return True

@@ -14,6 +14,8 @@ from twostroke.bench.gpu.fit import Fit
 from twostroke.bench.gpu.results import Row, Run, list_rows
 from twostroke.bench.gpu.workloads import DECODE, PREFILL, Cell, get_cell_work, get_model
 
+SEVEN, EIGHT = "llama-2-7b", "llama-3.1-8b"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -66,8 +68,9 @@ class Measured:
             if not row["exact"]
         }
         self._attention = {row["name"]: (run, row) for run, row in list_rows(runs, "attention")}
-        self._served = {row["engine"]: row for _, row in list_rows(runs, "served")}
-        self._gaps = [row for _, row in list_rows(runs, "gap")]
+        served, gaps = (list_rows(runs, section) for section in ("served", "gap"))
+        self._served = {row["engine"]: row for _, row in served if row["model"] == EIGHT}
+        self._gaps = [row for _, row in gaps if row["model"] == EIGHT]
 
     def get_seconds(self, model: str, cell: str) -> float | None:
         """Median time of a step."""
@@ -101,7 +104,7 @@ class Measured:
         return float(ours), float(theirs)
 
     def get_gap(self) -> float | None:
-        """Largest share of a step that the device idles, over the models measured."""
+        """Share of a step that the device idles."""
         gaps = [max(0.0, 1 - row["device_s"] / row["wall_s"]) for row in self._gaps]
         return max(gaps, default=None)
 
@@ -131,24 +134,23 @@ def get_fastest_s(row: Row) -> float:
 def judge(runs: Sequence[Run], fit: Fit | None) -> list[Verdict]:
     """Every bar, in the order of the issue."""
     found = Measured(runs)
-    seven = "llama-2-7b"
     share = found.get_bandwidth_share
     attention = found.get_attention
     return [
         Verdict(
             "7B FP16 decode, batch 1, context 2,048: of bandwidth",
             0.85,
-            share(seven, "decode-1x2048"),
+            share(SEVEN, "decode-1x2048"),
         ),
         Verdict(
             "7B FP16 decode, batch 32, context 2,048: of bandwidth",
             0.75,
-            share(seven, "decode-32x2048"),
+            share(SEVEN, "decode-32x2048"),
         ),
         Verdict(
             "7B prefill 2,048: of the BF16 matrix rate",
             0.65,
-            found.get_rate_share(seven, "prefill-2048"),
+            found.get_rate_share(SEVEN, "prefill-2048"),
         ),
         Verdict(
             "attention, prefill 8,192, head size 128: of SDPA's speed",
@@ -165,7 +167,7 @@ def judge(runs: Sequence[Run], fit: Fit | None) -> list[Verdict]:
             "8B INT4 decode, batch 1, context 2,048: over 16-bit",
             2.8,
             _divide(
-                found.get_seconds("llama-3.1-8b", "decode-1x2048"),
+                found.get_seconds(EIGHT, "decode-1x2048"),
                 found.get_seconds("llama-3.1-8b-int4", "decode-1x2048"),
             ),
             "×",

@@ -69,14 +69,15 @@ def make_plan(choice: Choice) -> Plan:
     if choice.is_fake:
         return Plan(
             cells=FAKE_CELLS,
-            peer_cells=(FAKE_CELLS[0], FAKE_CELLS[2]),
-            gap_cell=Cell(DECODE, 2, 1, 40),
-            gap_steps=6,
+            peer_cells=FAKE_CELLS[:2],
+            gap_cell=Cell(DECODE, 2, 1, 7),
+            gap_steps=4,
             pace=QUICK,
-            shape=TraceShape(4, 50.0, 24, 4, TINY.vocab_size),
+            shape=TraceShape(3, 50.0, 6, 3, TINY.vocab_size),
             trace=choice.trace,
             trace_limit_s=60.0,
             max_rows=4,
+            step_tokens=32,
         )
     shape = TraceShape(vocab_size=100_000)
     return Plan(peer_cells=PEER_CELLS, shape=shape, trace=choice.trace)

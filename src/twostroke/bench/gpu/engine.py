@@ -22,7 +22,6 @@ from twostroke.exec.batch import BatchBuilder
 from twostroke.exec.cuda import CudaExecutor, CudaFacts
 from twostroke.exec.cuda_device import Device, GpuDevice, HostDevice
 from twostroke.exec.cuda_draw import DeviceDraws
-from twostroke.exec.cuda_ladder import make_token_rungs
 from twostroke.exec.cuda_runner import CudaRunner, DeviceModel, RunnerLimits
 from twostroke.kernels.cuda.pool import KvPool, PoolShape
 from twostroke.spec.kv import KvElement
@@ -30,12 +29,17 @@ from twostroke.spec.kv import KvElement
 
 @dataclass(frozen=True, slots=True)
 class EngineSizes:
-    """What an engine is made for. rungs: batch sizes whose decodes are captured as graphs."""
+    """What an engine is made for.
+
+    rungs, token_rungs: rows of decodes, and tokens of steps with prompts, that are captured as
+    graphs.
+    """
 
     num_blocks: int
     max_rows: int
     context_tokens: int
     rungs: tuple[int, ...] = ()
+    token_rungs: tuple[int, ...] = ()
     max_step_tokens: int = MAX_STEP_TOKENS
     exact: bool = False
 
@@ -64,7 +68,7 @@ class GpuEngine:
                 sizes.max_rows,
                 sizes.context_tokens,
                 sizes.rungs,
-                make_token_rungs(sizes.max_step_tokens),
+                sizes.token_rungs,
             )
             shown = DeviceModel(spec, source.weights, source.dtype, sizes.exact)
             self._runner = CudaRunner(shown, pool, limits, self._device)
@@ -81,7 +85,7 @@ class GpuEngine:
     def prepare(self, plan: StepPlan) -> Launch:
         """All device work of one step, upload and draws included, to launch again and again.
 
-        Launched within `use`; gives the logits (rows, vocab) float32, which the next step overwrites.
+        Launched within `use`; gives logits (rows, vocab) float32, which the next step overwrites.
         """
         # A builder of its own: another's next step would write into this one's arrays.
         batch = BatchBuilder(self._max_rows).build(plan)

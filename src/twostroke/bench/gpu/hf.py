@@ -61,14 +61,15 @@ def build_model(spec: ModelSpec, source: SyntheticWeights) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def prepare_step(model: Any, memory: torch.Tensor, batch: int, tokens: int, context: int) -> Launch:
+def prepare_step(model: Any, memory: torch.Tensor, ids: torch.Tensor, context: int) -> Launch:
     """One step of the model with a static cache over flat `memory`, ready to launch.
 
-    Sequences end at `context`, which is the cache's length.
+    ids (batch, tokens): of the new tokens. Sequences end at `context`, which is the cache's length.
+    It gives logits (batch, vocab).
     """
     from transformers import StaticCache
 
-    config = model.config
+    config, (batch, tokens) = model.config, ids.shape
     cache = StaticCache(config=config, max_cache_len=context)
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
     count = batch * config.num_key_value_heads * context * config.head_dim
@@ -83,14 +84,14 @@ def prepare_step(model: Any, memory: torch.Tensor, batch: int, tokens: int, cont
         layer.cumulative_length = layer.cumulative_length.to(memory.device)
         layer.is_initialized = True
         at += 2 * count
-    ids = torch.randint(0, config.vocab_size, (batch, tokens), device=memory.device)
 
     @torch.no_grad()
     def step() -> Any:
         for layer in cache.layers:
             layer.cumulative_length.fill_(context - tokens)
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1)
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits.argmax(-1)
+        return logits
 
     return step
 

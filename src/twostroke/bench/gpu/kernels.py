@@ -42,7 +42,7 @@ class AttentionCase:
     def prepare(self) -> Launch:
         """Our attention of the case; returns its output (batch * tokens, heads * head_dim)."""
         batch, heads, tokens, head_dim = self.q.shape
-        q = self.q.transpose(1, 2).reshape(batch * tokens, heads, head_dim)
+        q = self.q.transpose(1, 2).contiguous().view(batch * tokens, heads, head_dim)
         out = torch.full((batch * tokens, heads * head_dim), torch.nan, dtype=q.dtype).to(q.device)
         look = attention.Look(head_dim**-0.5)
 

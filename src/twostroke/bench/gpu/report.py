@@ -14,7 +14,7 @@ from twostroke.bench.gpu.bars import (
 )
 from twostroke.bench.gpu.fit import OVERHEADS, Fit, Predictor, find_device, list_points
 from twostroke.bench.gpu.results import Row, Run, list_missing, list_rows
-from twostroke.bench.gpu.workloads import DECODE, get_cell_work, get_model
+from twostroke.bench.gpu.workloads import DECODE, FAKE_MODELS, MODELS, get_cell_work, get_model
 from twostroke.spec.work import get_floor_seconds
 
 
@@ -46,10 +46,10 @@ class StepLine:
 
 
 def list_steps(runs: Sequence[Run], fitted: Fit | None) -> list[StepLine]:
-    """Every measured step of our engine, in the order measured."""
+    """Every measured step of our engine, model by model, prefills first, short ones first."""
     points = {(point.model, point.cell): point for point in list_points(runs)}
     lines = []
-    for run, row in list_rows(runs, "steps"):
+    for run, row in sorted(list_rows(runs, "steps"), key=_get_place):
         work = get_cell_work(get_model(row["model"]), get_cell(row))
         floor = get_floor_seconds(work, run.ceilings.make_device())
         device = find_device(run.ceilings.card)
@@ -77,6 +77,13 @@ def list_steps(runs: Sequence[Run], fitted: Fit | None) -> list[StepLine]:
             )
         )
     return lines
+
+
+def _get_place(found: tuple[Run, Row]) -> tuple[int, bool, int, int]:
+    """Where a step stands in the report."""
+    row = found[1]
+    models = [model.name for model in (*MODELS, *FAKE_MODELS)]
+    return models.index(row["model"]), row["kind"] == DECODE, row["context"], row["batch"]
 
 
 def write_report(runs: Sequence[Run], verdicts: Sequence[Verdict], fitted: Fit | None) -> str:
@@ -207,8 +214,10 @@ def _write_peers(runs: Sequence[Run]) -> str:
             if name in engines:
                 theirs = engines[name][1]["seconds"]
                 cells += [format_ms(theirs), f"{theirs / ours['seconds']:.2f}×"]
+                different = engines[name][1].get("difference")
+                cells.append("–" if different is None else f"{different:.1e}")
             else:
-                cells += ["–", "–"]
+                cells += ["–", "–", "–"]
         rows.append((model, cell, *cells))
     headings = (
         "model",
@@ -217,8 +226,10 @@ def _write_peers(runs: Sequence[Run]) -> str:
         "share",
         "PyTorch, ms",
         "its time over ours",
+        "logits apart",
         "Transformers, ms",
         "its time over ours",
+        "logits apart",
     )
     return "## Peers on the same card, in turns\n\n" + write_table(headings, rows)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+import torch
 
 from twostroke.bench.gpu import hf
 from twostroke.bench.gpu.engine import EngineSizes
 from twostroke.bench.gpu.served import run_trace
 from twostroke.bench.gpu.session import (
-    SERVED_STEP_TOKENS,
     Clock,
     Plan,
     Session,
@@ -27,9 +28,10 @@ from twostroke.bench.gpu.traces import (
     make_requests,
     summarise_lives,
 )
-from twostroke.bench.gpu.workloads import BLOCK_TOKENS, Cell, split_cells
+from twostroke.bench.gpu.workloads import BLOCK_TOKENS, PREFILL, Cell, split_cells
 from twostroke.core.types import SchedulerConfig
 
+MOST_DIFFERENT = 0.25
 OURS, PYTORCH, TRANSFORMERS = "twostroke", "pytorch", "transformers"
 
 Section = Callable[[Session, Plan, Clock], None]
@@ -67,21 +69,46 @@ def run_peers(session: Session, plan: Plan, clock: Clock) -> None:
             if clock.left_s <= 0:
                 session.run.missing[what] = "the section's time was spent"
                 continue
-            shape = (engine.kv_memory, cell.batch, cell.tokens, cell.context)
+            step = session.make_plan(cell, sizes.num_blocks)
+            ids = torch.tensor([row.tokens for row in step.rows], device=session.device)
             launches: dict[str, Launch] = {
-                OURS: session.prepare(engine, cell, sizes.num_blocks),
-                PYTORCH: torch_llama.prepare(*shape),
+                OURS: engine.prepare(step),
+                PYTORCH: torch_llama.prepare(engine.kv_memory, ids, cell.context),
             }
             if theirs is not None:
-                launches[TRANSFORMERS] = hf.prepare_step(theirs, *shape)
+                launches[TRANSFORMERS] = hf.prepare_step(
+                    theirs, engine.kv_memory, ids, cell.context
+                )
+            differences = compare(launches) if cell.kind == PREFILL else {}
             times = time_interleaved(launches, session.device, plan.pace)
-            _note_peers(session, cell, times)
+            _note_peers(session, cell, times, differences)
             del launches
 
 
-def _note_peers(session: Session, cell: Cell, times: dict[str, Timed]) -> None:
+def compare(launches: Mapping[str, Launch]) -> dict[str, float]:
+    """How far our logits are from each peer's, by norms, of the same prompt and weights.
+
+    Decodes cannot be compared: each engine reads the random KV memory in its own layout. Raises
+    AssertionError for what rounding does not explain, NaN included: two unrelated vectors of the
+    same size are 1.4 apart.
+    """
+    ours = launches[OURS]().float().clone()
+    found = {}
+    for name, launch in launches.items():
+        if name != OURS:
+            theirs = launch().float()
+            found[name] = float((ours - theirs).norm() / theirs.norm())
+            assert found[name] < MOST_DIFFERENT, f"logits differ from {name}'s by {found[name]:.2f}"
+    return found
+
+
+def _note_peers(
+    session: Session, cell: Cell, times: dict[str, Timed], differences: dict[str, float]
+) -> None:
     for engine, timed in times.items():
         row = {**session.describe_row(cell), "engine": engine, **timed.describe()}
+        if engine in differences:
+            row["difference"] = differences[engine]
         session.run.add("peers", [row])
     words = ", ".join(f"{name} {timed.seconds * 1e3:.3f} ms" for name, timed in times.items())
     session.say(f"  {session.model.name} {cell.name}: {words}")
@@ -95,7 +122,7 @@ def run_gap(session: Session, plan: Plan, clock: Clock) -> None:
     """
     cell = plan.gap_cell
     longest = replace(cell, context=cell.context + plan.gap_steps)
-    sizes = replace(session.get_sizes([longest]), max_step_tokens=SERVED_STEP_TOKENS)
+    sizes = replace(session.get_sizes([longest]), max_step_tokens=plan.step_tokens)
     shape = TraceShape(vocab_size=session.spec.vocab_size)
     prompt_tokens = max(1, cell.context - plan.gap_steps)
     drawn = make_requests(shape, None)[0].prompt
@@ -105,7 +132,7 @@ def run_gap(session: Session, plan: Plan, clock: Clock) -> None:
         TraceRequest(0.0, (row, *prompt[1:]), 2 * plan.gap_steps) for row in range(cell.batch)
     ]
     with session.open_engine(sizes) as engine:
-        launch = session.prepare(engine, cell, sizes.num_blocks)
+        launch = engine.prepare(session.make_plan(cell, sizes.num_blocks))
         device = time_launch(launch, session.device, plan.pace)
         config = _make_config(session, sizes)
         _, listener = run_trace(engine.executor, config, requests, max(1.0, clock.left_s))
@@ -132,7 +159,7 @@ def run_served(session: Session, plan: Plan, clock: Clock) -> None:
     warm = [TraceRequest(0.0, one.prompt, 4) for one in requests[:8]]
     lengths = [len(one.prompt) + one.new_tokens for one in requests]
     most_blocks = sum(1 + length // BLOCK_TOKENS for length in lengths)
-    sizes = session.get_serving_sizes(plan.max_rows, max(lengths) + BLOCK_TOKENS, most_blocks)
+    sizes = session.get_serving_sizes(plan, max(lengths) + BLOCK_TOKENS, most_blocks)
     with session.open_engine(sizes) as engine:
         config = _make_config(session, sizes)
         run_trace(engine.executor, config, warm, plan.trace_limit_s)

@@ -25,17 +25,18 @@ from twostroke.bench.gpu.traces import TraceShape
 from twostroke.bench.gpu.workloads import (
     BLOCK_TOKENS,
     DECODE,
+    PREFILL,
     RESERVE_BYTES,
     Cell,
     GpuModel,
     list_cells,
 )
 from twostroke.core.types import StepPlan
-from twostroke.exec.cuda_ladder import make_rungs
+from twostroke.exec.cuda_ladder import make_rungs, make_token_rungs
 from twostroke.spec.model import ModelSpec
 
 SPARE_BLOCKS = 8
-SERVED_STEP_TOKENS = 2048
+LEAST_STEP_TOKENS = 256
 
 _GAP_CELL = Cell(DECODE, 32, 1, 2048)
 _PACE = Pace()
@@ -47,7 +48,8 @@ class Plan:
     """What to measure and how long to spend on it.
 
     cells: of the steps section. peer_cells: shapes compared with peers. trace_limit_s: after which
-    a served trace is stopped. gap_steps: decode steps between which the host's gap is taken.
+    a served trace is stopped. gap_steps: decode steps between which the host's gap is taken. max_rows, step_tokens: of the largest
+    step while serving.
     """
 
     cells: tuple[Cell, ...] = field(default_factory=list_cells)
@@ -59,6 +61,7 @@ class Plan:
     trace: Path | None = None
     trace_limit_s: float = 60.0
     max_rows: int = 256
+    step_tokens: int = 2048
 
 
 class Clock:
@@ -109,20 +112,21 @@ class Session:
             max_rows=max(cell.batch for cell in cells),
             context_tokens=max(cell.context for cell in cells) + BLOCK_TOKENS,
             rungs=tuple(sorted({cell.batch for cell in cells if cell.kind == DECODE})),
-            max_step_tokens=max(cell.batch * cell.tokens for cell in cells),
+            token_rungs=tuple(sorted({cell.tokens for cell in cells if cell.kind == PREFILL})),
+            max_step_tokens=max(LEAST_STEP_TOKENS, *(cell.batch * cell.tokens for cell in cells)),
             exact=exact,
         )
 
-    def get_serving_sizes(self, max_rows: int, context: int, most_blocks: int) -> EngineSizes:
+    def get_serving_sizes(self, plan: Plan, context: int, most_blocks: int) -> EngineSizes:
         """A pool of most of what is free, but no more than a trace can use; every rung captured."""
         free = self.ceilings.memory_bytes
         if self.device.type == "cuda":
             free = int(torch.cuda.mem_get_info(self.device)[0])
         block_bytes = BLOCK_TOKENS * self.spec.get_kv_bytes_per_token()
         blocks = max(1, min((free - RESERVE_BYTES) // block_bytes, most_blocks))
-        return EngineSizes(
-            blocks, max_rows, context, make_rungs(max_rows), max_step_tokens=SERVED_STEP_TOKENS
-        )
+        rows, tokens = plan.max_rows, plan.step_tokens
+        rungs, token_rungs = make_rungs(rows), make_token_rungs(tokens)
+        return EngineSizes(blocks, rows, context, rungs, token_rungs, tokens)
 
     def make_plan(self, cell: Cell, num_blocks: int) -> StepPlan:
         """One step of a cell."""

@@ -9,14 +9,15 @@ needs no mask), pages do not exist, and the next token is an argmax.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from twostroke.bench.gpu.synthetic import SyntheticWeights
-from twostroke.bench.gpu.timing import Launch, synchronise
+from twostroke.bench.gpu.timing import Launch, capture
 from twostroke.kernels.cuda.types import Tensor
+from twostroke.models.rope import get_frequencies
 from twostroke.spec.model import ModelSpec
 
 # Without its own CUDA graphs: a graph of the whole step is captured instead, which is faster than
@@ -25,9 +26,11 @@ DECODE_MODE = "max-autotune-no-cudagraphs"
 PREFILL_MODE = "default"
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer: norms (width,), qkv, o, gate_up, down as (outputs, inputs)."""
+class LayerWeights(NamedTuple):
+    """One layer: norms (width,), qkv, o, gate_up, down as (outputs, inputs).
+
+    A tuple and not a dataclass, because the compiler takes tuples of tensors as inputs.
+    """
 
     attn_norm: Tensor
     qkv: Tensor
@@ -42,6 +45,8 @@ class TorchLlama:
 
     def __init__(self, spec: ModelSpec, source: SyntheticWeights, compiled: bool = True) -> None:
         """compiled: False runs everything eagerly, which needs no compiler."""
+        if compiled:
+            torch.compiler.reset()  # what another model was compiled for is of no use to this one
         self._spec = spec
         self._compiled = compiled
         self._embed = source.get_values("embed")
@@ -63,53 +68,59 @@ class TorchLlama:
             count *= extent
         return memory.view(-1)[:count].view(shape)
 
-    def prepare(self, memory: Tensor, batch: int, tokens: int, context: int) -> Launch:
-        """One step of `batch` rows of `tokens` new tokens ending at `context`, ready to launch.
+    def prepare(self, memory: Tensor, ids: Tensor, context: int) -> Launch:
+        """One step of rows that end at `context`, ready to launch; gives logits (batch, vocab).
 
-        memory: flat, of the weights' type, large enough for the cache; holds finite numbers.
+        ids (batch, tokens): of the new tokens. memory: flat, of the weights' type, large enough for
+        the cache; holds finite numbers.
         """
+        batch, tokens = ids.shape
         cache = self.view_cache(memory, batch, context)
-        shape = (batch, tokens)
-        ids = torch.randint(0, self._spec.vocab_size, shape, device=self.device)
         cos, sin = self._make_rope(tokens, context)
+        places = torch.arange(context - tokens, context, device=self.device)
         layer = self._get_layer(tokens, context)
 
         @torch.no_grad()
         def step() -> Tensor:
             x = functional.embedding(ids, self._embed)
-            for weights, kv in zip(self._layers, cache, strict=True):
-                x = layer(x, weights, kv, cos, sin)
+            for weights, (keys, values) in zip(self._layers, cache, strict=True):
+                x = layer(x, weights, (keys, values, places), (cos, sin))
             last = _norm(x[:, -1], self._final_norm, self._spec.norm_eps)
-            return functional.linear(last, self._head).argmax(-1)
+            logits = functional.linear(last, self._head)
+            logits.argmax(-1)
+            return logits
 
         if self.device.type != "cuda" or tokens > 1:
             return step
-        return _capture(step, self.device)
+        return capture(step, self.device)
 
     def _get_layer(self, tokens: int, context: int) -> Callable[..., Tensor]:
         spec = self._spec
-        first, end = context - tokens, context
-        assert tokens == 1 or first == 0, "prompts are read whole"
+        heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        eps, scale = spec.norm_eps, spec.attention_scale
+        assert tokens in (1, context), "prompts are read whole"
 
-        def layer(x: Tensor, own: LayerWeights, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            batch = x.shape[0]
-            heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
-            h = functional.linear(_norm(x, own.attn_norm, spec.norm_eps), own.qkv)
+        def layer(
+            x: Tensor, own: LayerWeights, kv: tuple[Tensor, ...], rope: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            batch, (keys, values, places) = x.shape[0], kv
+            h = functional.linear(_norm(x, own.attn_norm, eps), own.qkv)
             h = h.view(batch, tokens, heads + 2 * kv_heads, width).transpose(1, 2)
             q, k, v = h.split((heads, kv_heads, kv_heads), dim=1)
-            kv[0][:, :, first:end] = _rotate(k, cos, sin)
-            kv[1][:, :, first:end] = v
+            # By index and not by slice: the compiler keeps that in place.
+            keys[:, :, places] = _rotate(k, *rope)
+            values[:, :, places] = v
             h = functional.scaled_dot_product_attention(
-                _rotate(q, cos, sin),
-                kv[0],
-                kv[1],
+                _rotate(q, *rope),
+                keys,
+                values,
                 is_causal=tokens > 1,
-                scale=spec.attention_scale,
+                scale=scale,
                 enable_gqa=heads != kv_heads,
             )
             h = h.transpose(1, 2).reshape(batch, tokens, heads * width)
             x = x + functional.linear(h, own.o)
-            h = functional.linear(_norm(x, own.ffn_norm, spec.norm_eps), own.gate_up)
+            h = functional.linear(_norm(x, own.ffn_norm, eps), own.gate_up)
             gate, up = h.chunk(2, dim=-1)
             return x + functional.linear(functional.silu(gate) * up, own.down)
 
@@ -120,12 +131,10 @@ class TorchLlama:
         return compiled
 
     def _make_rope(self, tokens: int, context: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (tokens, head_dim / 2); rope's scaling does not change what it costs."""
-        spec = self._spec
-        half = torch.arange(0, spec.head_dim, 2, device=self.device, dtype=torch.float32)
-        rates = spec.layers[0].rope.base ** (-half / spec.head_dim)
-        places = torch.arange(context - tokens, context, device=self.device, dtype=torch.float32)
-        angles = places[:, None] * rates
+        """cos and sin (tokens, head_dim / 2)."""
+        frequencies = get_frequencies(self._spec.layers[0].rope, self._spec.head_dim, None)
+        places = torch.arange(context - tokens, context, device=self.device, dtype=torch.float64)
+        angles = places[:, None] * torch.from_numpy(frequencies).to(self.device)
         return angles.cos().to(self._embed.dtype), angles.sin().to(self._embed.dtype)
 
 
@@ -148,18 +157,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (…, tokens, head_dim) with its halves rotated by each token's position."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _capture(step: Callable[[], Tensor], device: torch.device) -> Launch:
-    """The step as a CUDA graph; compiles on the way."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    synchronise(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay

@@ -246,10 +246,7 @@ def load_inputs(inputs_at, offset, inputs, squares, TILES: tl.constexpr):
     if norm is not None:
         weight = load(norm + at, inside, TILES.even)
         squares += right.to(tl.float32) * right.to(tl.float32)
-        if TILES.asm:
-            right *= weight
-        else:
-            right = (right.to(tl.float32) * weight.to(tl.float32)).to(right.dtype)
+        right = (right.to(tl.float32) * weight.to(tl.float32)).to(right.dtype)
     return right, squares
 
 
