@@ -23,11 +23,12 @@ from twostroke.bench.gpu.timing import Pace, time_launch
 from twostroke.kernels.cuda import attention
 from twostroke.kernels.cuda.attention_decode import DecodeConfig, decode
 from twostroke.kernels.cuda.attention_prefill import PrefillConfig, prefill
+from twostroke.kernels.cuda.attention_roles import RolesConfig, prefill_by_roles
 from twostroke.kernels.cuda.attention_work import AttentionScratch, Look, Work
 from twostroke.kernels.cuda.types import BLOCK_TOKENS, KvLayer, StepTensors, Tensor
 
 Launch = Callable[[], Any]
-PARTS = ("prefill", "decode", "other")
+PARTS = ("prefill", "decode", "other", "roles")
 DTYPE = torch.float16
 PACE = Pace(least=4, most=12, budget_s=0.02)
 THREADS = 12
@@ -44,6 +45,8 @@ PREFILLS = (
     PrefillConfig(64, 64, 4, 3),
     PrefillConfig(64, 64, 4, 3, boxes=True),
 )
+# Beside the best of those; apart, for the compiler deals out these roles since not long ago.
+ROLES = (PrefillConfig(64, 64, 4, 3, boxes=True), RolesConfig(2), RolesConfig(3))
 # Programs a processor, warps, stages.
 DECODES = ((1, 4, 3), (2, 4, 3), (3, 4, 3), (4, 4, 3), (8, 4, 3), (3, 4, 4), (3, 2, 3), (3, 8, 3))
 
@@ -185,8 +188,10 @@ def check(work: Work, launch: Launch, expected: Tensor) -> str:
     return "" if error < 2e-3 else f" WRONG: error {float(error):.2g}"
 
 
-def describe(config: PrefillConfig) -> str:
+def describe(config: PrefillConfig | RolesConfig) -> str:
     """A configuration in a few characters."""
+    if isinstance(config, RolesConfig):
+        return f"roles s{config.stages}"
     boxes = " boxes" if config.boxes else ""
     registers = f" r{config.registers}" if config.registers else ""
     return f"{config.rows}x{config.keys} w{config.warps} s{config.stages}{boxes}{registers}"
@@ -202,12 +207,22 @@ def with_backend(launch: Launch, backend: SDPBackend) -> Launch:
     return run
 
 
-def sweep_prefill(sweep: Sweep, shapes: Sequence[Shape], configs: Sequence[PrefillConfig]) -> None:
+def launch_prefill(work: Work, config: PrefillConfig | RolesConfig) -> None:
+    """A prefill by the kernel that the configuration is of."""
+    if isinstance(config, RolesConfig):
+        prefill_by_roles(work, config)
+    else:
+        prefill(work, config)
+
+
+def sweep_prefill(
+    sweep: Sweep, shapes: Sequence[Shape], configs: Sequence[PrefillConfig | RolesConfig]
+) -> None:
     """Each configuration on each shape, beside PyTorch's kernels."""
     works = {shape: make_works(shape, sweep.device, 1)[0] for shape in shapes}
     for shape, work in works.items():
         launches: dict[str, Launch] = {
-            describe(each): partial(prefill, work, each) for each in configs
+            describe(each): partial(launch_prefill, work, each) for each in configs
         }
         failed = sweep.warm(launches)
         sdpa = prepare_sdpa(shape, work)
@@ -329,6 +344,8 @@ def sweep(device: torch.device, parts: Sequence[str] = PARTS) -> list[dict[str, 
     run = Sweep(device)
     if "prefill" in parts:
         sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, PREFILLS)
+    if "roles" in parts:
+        sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, ROLES)
     if "decode" in parts:
         sweep_decode(run, SHORT if run.is_gpu else TINY_SHORT)
     if "other" in parts:
