@@ -344,12 +344,12 @@ def sweep(device: torch.device, parts: Sequence[str] = PARTS) -> list[dict[str, 
     run = Sweep(device)
     if "prefill" in parts:
         sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, PREFILLS)
-    if "roles" in parts:
-        sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, ROLES)
     if "decode" in parts:
         sweep_decode(run, SHORT if run.is_gpu else TINY_SHORT)
     if "other" in parts:
         sweep_other(run)
+    if "roles" in parts:
+        sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, ROLES)
     return run.rows
 
 
