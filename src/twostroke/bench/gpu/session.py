@@ -48,8 +48,8 @@ class Plan:
     """What to measure and how long to spend on it.
 
     cells: of the steps section. peer_cells: shapes compared with peers. trace_limit_s: after which
-    a served trace is stopped. gap_steps: decode steps between which the host's gap is taken. max_rows, step_tokens: of the largest
-    step while serving.
+    a served trace is stopped. gap_steps: decode steps between which the host's gap is taken.
+    max_rows, step_tokens: of the largest step while serving.
     """
 
     cells: tuple[Cell, ...] = field(default_factory=list_cells)
