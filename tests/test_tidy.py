@@ -41,6 +41,7 @@ TEXT_FILES = sorted(
 # The outermost frame of a loop answers for whatever happens inside it; nothing else may catch
 # everything. Each of these files does so once; the value says whom it answers.
 OUTERMOST_LOOPS = {
+    "src/twostroke/bench/gpu/drive.py": "a section that fails costs the others nothing",
     "src/twostroke/engine/thread.py": "those who wait for the engine hear that it died",
     "src/twostroke/exec/cuda.py": "every plan is answered, also one that could not be queued",
     "src/twostroke/exec/rank_worker.py": "the group hears why a rank ends",

@@ -162,6 +162,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def get_loss(errors: Vector) -> float:
+    """Mean size of relative errors, too long and too short alike."""
     return float(np.mean(np.abs(np.log1p(errors))))
 
 

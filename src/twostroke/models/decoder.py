@@ -35,7 +35,7 @@ def run_stage(
     step: StepArrays,
     x: Array,
 ) -> Array:
-    """The layers of `spec`, all or a stage's, over x (T, width); returns as much, not yet normed."""
+    """The layers of `spec`, all or a stage's, over x (T, width); returns as much, not normed."""
     for index, layer in enumerate(spec.layers):
         own = _Layer(weights, f"layers.{index}.")
         x = _add_attention(spec, ops, own, (index, layer, ropes[layer.rope]), step, x)

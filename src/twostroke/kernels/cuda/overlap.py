@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def begin_overlapped(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+def begin_overlapped(OVERLAP: tl.constexpr):  # noqa: N803
     """Let the next launch start, then wait until the one before is complete."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
