@@ -19,10 +19,9 @@ from kernels.attention_cases import (
     make_step,
 )
 from kernels.cuda_support import HALVES, assert_as_exact_as_plain, to_numpy
-from twostroke.kernels.cuda import attention, attention_roles
+from twostroke.kernels.cuda import attention
 from twostroke.kernels.cuda.attention_decode import DecodeConfig, decode
 from twostroke.kernels.cuda.attention_prefill import PrefillConfig, prefill
-from twostroke.kernels.cuda.attention_roles import RolesConfig, can_prefill, prefill_by_roles
 from twostroke.kernels.cuda.attention_work import AttentionScratch
 
 # Within a block, at its edges, over several.
@@ -75,25 +74,6 @@ def test_tiles_of_any_size_give_the_same_attention(rows: int, keys: int, device:
 def test_copies_of_whole_boxes_give_the_same_attention(dim: int, keys: int, device: str) -> None:
     case = make_case((Row(160, 150),), Heads(2, 2, dim), Kind(), device)
     prefill(case.work, PrefillConfig(64, keys, warps=4, stages=2, boxes=True))
-    check(case)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("heads", [Heads(2, 2), Heads(6, 2, 80), Heads(5, 1, 128)])
-@pytest.mark.parametrize("window", [0, 1, 100])
-def test_warps_with_roles_are_as_exact_as_plain_code(
-    heads: Heads, window: int, dtype: torch.dtype, device: str
-) -> None:
-    case = make_case(CHUNKS, heads, Kind(dtype, window=window), device)
-    for pool in (case.work.kv.keys, case.work.kv.values):
-        pool.nan_to_num_(nan=7.0)
-    tables = case.work.step.block_tables.cpu().numpy()
-    step = make_step(case.rows, tables, device, attention_roles.ROWS)
-    padded = torch.cat([step.tiles, torch.tensor([[-1, 0]], dtype=torch.int32, device=device)])
-    case = replace(case, work=replace(case.work, step=replace(step, tiles=padded)))
-    if not can_prefill(case.work):
-        pytest.skip("this GPU's warps have no roles")
-    prefill_by_roles(case.work, RolesConfig(2))
     check(case)
 
 

@@ -23,12 +23,11 @@ from twostroke.bench.gpu.timing import Pace, time_launch
 from twostroke.kernels.cuda import attention
 from twostroke.kernels.cuda.attention_decode import DecodeConfig, decode
 from twostroke.kernels.cuda.attention_prefill import PrefillConfig, prefill
-from twostroke.kernels.cuda.attention_roles import RolesConfig, prefill_by_roles
 from twostroke.kernels.cuda.attention_work import AttentionScratch, Look, Work
 from twostroke.kernels.cuda.types import BLOCK_TOKENS, KvLayer, StepTensors, Tensor
 
 Launch = Callable[[], Any]
-PARTS = ("prefill", "decode", "other", "roles")
+PARTS = ("prefill", "decode", "other")
 DTYPE = torch.float16
 PACE = Pace(least=4, most=12, budget_s=0.02)
 THREADS = 12
@@ -45,8 +44,6 @@ PREFILLS = (
     PrefillConfig(64, 64, 4, 3),
     PrefillConfig(64, 64, 4, 3, boxes=True),
 )
-# Beside the best of those; apart, for the compiler deals out these roles since not long ago.
-ROLES = (PrefillConfig(64, 64, 4, 3, boxes=True), RolesConfig(2), RolesConfig(3))
 # Programs a processor, warps, stages.
 DECODES = ((1, 4, 3), (2, 4, 3), (3, 4, 3), (4, 4, 3), (8, 4, 3), (3, 4, 4), (3, 2, 3), (3, 8, 3))
 
@@ -188,10 +185,8 @@ def check(work: Work, launch: Launch, expected: Tensor) -> str:
     return "" if error < 2e-3 else f" WRONG: error {float(error):.2g}"
 
 
-def describe(config: PrefillConfig | RolesConfig) -> str:
+def describe(config: PrefillConfig) -> str:
     """A configuration in a few characters."""
-    if isinstance(config, RolesConfig):
-        return f"roles s{config.stages}"
     boxes = " boxes" if config.boxes else ""
     registers = f" r{config.registers}" if config.registers else ""
     return f"{config.rows}x{config.keys} w{config.warps} s{config.stages}{boxes}{registers}"
@@ -207,22 +202,12 @@ def with_backend(launch: Launch, backend: SDPBackend) -> Launch:
     return run
 
 
-def launch_prefill(work: Work, config: PrefillConfig | RolesConfig) -> None:
-    """A prefill by the kernel that the configuration is of."""
-    if isinstance(config, RolesConfig):
-        prefill_by_roles(work, config)
-    else:
-        prefill(work, config)
-
-
-def sweep_prefill(
-    sweep: Sweep, shapes: Sequence[Shape], configs: Sequence[PrefillConfig | RolesConfig]
-) -> None:
+def sweep_prefill(sweep: Sweep, shapes: Sequence[Shape], configs: Sequence[PrefillConfig]) -> None:
     """Each configuration on each shape, beside PyTorch's kernels."""
     works = {shape: make_works(shape, sweep.device, 1)[0] for shape in shapes}
     for shape, work in works.items():
         launches: dict[str, Launch] = {
-            describe(each): partial(launch_prefill, work, each) for each in configs
+            describe(each): partial(prefill, work, each) for each in configs
         }
         failed = sweep.warm(launches)
         sdpa = prepare_sdpa(shape, work)
@@ -348,8 +333,6 @@ def sweep(device: torch.device, parts: Sequence[str] = PARTS) -> list[dict[str, 
         sweep_decode(run, SHORT if run.is_gpu else TINY_SHORT)
     if "other" in parts:
         sweep_other(run)
-    if "roles" in parts:
-        sweep_prefill(run, LONG if run.is_gpu else TINY_LONG, ROLES)
     return run.rows
 
 
