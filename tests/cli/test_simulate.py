@@ -163,7 +163,7 @@ def test_a_smaller_format_leaves_more_for_keys_and_values() -> None:
         ({"model": "llama-2-7b:q3"}, "q8_0"),
         ({"device": None}, "device: give one with --device: a100-40gb"),
         ({"device": "h100"}, "device: there is no 'h100'; did you mean h100"),
-        ({"device": "h100-sxm:fast"}, "device: there is no 'fast'.* eager, captured"),
+        ({"device": "h100-sxm:fast"}, "device: there is no 'fast'.* eager, captured, twostroke"),
         ({"device": "none.toml"}, "none.toml: cannot be read"),
         ({"tp": 3}, "tp: .* it can be 1, 2, 4"),
         ({"model": "llama-3.1-405b"}, "tp: .*--tp 16 is the least that fits"),

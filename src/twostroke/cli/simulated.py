@@ -18,7 +18,7 @@ from twostroke.cli.settings import Choice, format_bytes, parse_bytes
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.errors import InvalidParameter
-from twostroke.plan.step_time import CAPTURED, EAGER, Overheads, RooflineCost
+from twostroke.plan.step_time import CAPTURED, EAGER, OURS, Overheads, RooflineCost
 from twostroke.policies.names import ORDERS, PACES, PolicyChoice, build_policies
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import ROUTERS
@@ -40,6 +40,7 @@ MAX_ITERATIONS = 1024
 ENGINES: Mapping[str, tuple[Overheads, str]] = {
     "eager": (EAGER, "overheads fitted to published runs of an engine of 2023"),
     "captured": (CAPTURED, "assumed overheads of an engine that replays captured kernels"),
+    "twostroke": (OURS, "overheads of this engine, fitted to its steps on an H100"),
 }
 
 
