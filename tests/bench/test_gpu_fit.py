@@ -10,7 +10,7 @@ import pytest
 from gpu_runs import make_predicted_run, make_run
 from twostroke.bench.gpu import fit as fitting
 from twostroke.bench.gpu.fit import Predictor, find_device, fit, list_points, split
-from twostroke.bench.gpu.workloads import MODELS
+from twostroke.bench.gpu.workloads import MODELS, get_model
 from twostroke.plan.step_time import CAPTURED
 from twostroke.spec.device import get_known_device
 
@@ -33,7 +33,7 @@ def test_a_fit_finds_overheads_that_foretell_what_it_did_not_see(
     assert found is not None
     assert found.get_median_error("prefill") < 0.01
     assert found.get_median_error("decode") < 0.01
-    assert found.overheads.memory_efficiency == pytest.approx(0.84, rel=0.02)
+    assert found.overheads[fitting.SIXTEEN_BITS].memory_efficiency == pytest.approx(0.84, rel=0.02)
 
 
 def test_no_step_is_both_fitted_and_judged() -> None:
@@ -56,3 +56,16 @@ def test_a_card_is_known_by_its_drivers_name() -> None:
         assert device is not None
         assert device.name == name
     assert find_device("NVIDIA Unheard-of") is None
+
+
+def test_weights_without_enough_steps_are_neither_fitted_nor_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fitting, "FITTED", ("memory_efficiency",))
+    run = make_predicted_run(TRUE, [get_model("llama-3.1-8b")])
+    four_bits = make_predicted_run(TRUE, [get_model("llama-3.1-8b-int4")])
+    run.add("steps", four_bits.sections["steps"][:3])
+    found = fit(list_points([run]), H100)
+    assert found is not None
+    assert set(found.overheads) == {fitting.SIXTEEN_BITS}
+    assert {model for model, _ in found.judged} == {"llama-3.1-8b"}

@@ -1,7 +1,8 @@
 """Fits plan's overheads to measured steps of our engine, and says how well plan foretells the rest.
 
 Of the steps, sorted, every second is fitted and the others judge. Prefills and decodes weigh the
-same. The device is the one of plan's own files, with the data sheet's numbers, because that is what
+same. Weights of 16 and of 4 bits are multiplied by different kernels, so each has overheads of its
+own. The device is the one of plan's own files, with the data sheet's numbers, because that is what
 somebody who plans has; the overheads take in how far the card stays behind them.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +21,10 @@ from twostroke.plan.step_time import CAPTURED, Overheads, RooflineCost
 from twostroke.spec.device import DeviceSpec, get_known_device
 from twostroke.spec.work import StepTotals
 
-# The overheads that plan uses for this engine.
-OVERHEADS = CAPTURED
+SIXTEEN_BITS, FOUR_BITS = "16-bit weights", "4-bit weights"
+
+# The overheads that plan uses for this engine, by the weights it multiplies.
+OVERHEADS: Mapping[str, Overheads] = {SIXTEEN_BITS: CAPTURED, FOUR_BITS: CAPTURED}
 
 FITTED = (
     "memory_efficiency",
@@ -36,20 +40,21 @@ LEAST_POINTS = 4  # of each kind, so that two are fitted and two judge
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measured step."""
+    """One measured step. weights: a name of OVERHEADS."""
 
     model: str
     cell: str
     kind: str
+    weights: str
     totals: StepTotals
     time_ns: float
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Fitted overheads and relative errors: of judged points by kind, and of the names judged."""
+    """Fitted overheads by weights; relative errors of judged points by kind, and their names."""
 
-    overheads: Overheads
+    overheads: Mapping[str, Overheads]
     errors: Mapping[str, Vector]
     judged: frozenset[tuple[str, str]]
 
@@ -57,10 +62,10 @@ class Fit:
         """Median absolute error of a kind's judged steps."""
         return float(np.median(np.abs(self.errors[kind])))
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "overheads": asdict(self.overheads),
+            "overheads": {weights: asdict(each) for weights, each in self.overheads.items()},
             "median_error": {kind: self.get_median_error(kind) for kind in self.errors},
             "judged": {kind: len(errors) for kind, errors in self.errors.items()},
         }
@@ -80,10 +85,12 @@ def list_points(runs: Sequence[Run]) -> list[Point]:
     for _, row in list_rows(runs, "steps"):
         if row["exact"]:
             continue
-        work = get_model(row["model"]).get_work()
-        before = row["context"] - row["tokens"]
-        totals = get_totals(work, ((row["tokens"], before),) * row["batch"])
-        points.append(Point(row["model"], row["cell"], row["kind"], totals, row["seconds"] * 1e9))
+        model = get_model(row["model"])
+        rows = ((row["tokens"], row["context"] - row["tokens"]),) * row["batch"]
+        totals = get_totals(model.get_work(), rows)
+        weights = FOUR_BITS if model.is_int4 else SIXTEEN_BITS
+        time_ns = row["seconds"] * 1e9
+        points.append(Point(model.name, row["cell"], row["kind"], weights, totals, time_ns))
     return sorted(points, key=lambda point: (point.kind, point.model, point.totals))
 
 
@@ -120,22 +127,40 @@ def split(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
 
 
 def fit(points: Sequence[Point], device: DeviceSpec) -> Fit | None:
-    """Overheads fitted to half the points and judged by the others; None for too few points."""
-    counts = [sum(point.kind == kind for point in points) for kind in (PREFILL, DECODE)]
-    if min(counts) < LEAST_POINTS:
-        return None
+    """Overheads fitted to half the points and judged by the others.
+
+    Weights of which there are too few prefills or decodes are neither fitted nor judged; None where
+    no weights are left.
+    """
     predictor = Predictor(device)
-    fitted, judged = split(points)
-    by_kind = [[p for p in fitted if p.kind == kind] for kind in (PREFILL, DECODE)]
+    overheads: dict[str, Overheads] = {}
+    errors: dict[str, list[Vector]] = {PREFILL: [], DECODE: []}
+    judges: list[Point] = []
+    for weights in OVERHEADS:
+        own = [point for point in points if point.weights == weights]
+        counts = [sum(point.kind == kind for point in own) for kind in (PREFILL, DECODE)]
+        if min(counts) < LEAST_POINTS:
+            continue
+        fitted, judged = split(own)
+        overheads[weights] = _fit_group(predictor, weights, fitted)
+        for kind, found in errors.items():
+            chosen = [point for point in judged if point.kind == kind]
+            found.append(predictor.get_errors(chosen, overheads[weights]))
+        judges += judged
+    if not overheads:
+        return None
+    joined = {kind: np.concatenate(found) for kind, found in errors.items()}
+    return Fit(overheads, joined, frozenset((p.model, p.cell) for p in judges))
+
+
+def _fit_group(predictor: Predictor, weights: str, points: Sequence[Point]) -> Overheads:
+    """The overheads nearest to these points, which share one kind of weights."""
+    by_kind = [[p for p in points if p.kind == kind] for kind in (PREFILL, DECODE)]
 
     def get_total_loss(overheads: Overheads) -> float:
         return sum(get_loss(predictor.get_errors(own, overheads)) for own in by_kind)
 
     # The search moves logarithms, so that nothing may begin at zero.
-    times = {name: max(1.0, getattr(OVERHEADS, name)) for name in FITTED if name.endswith("_ns")}
-    overheads = search(replace(OVERHEADS, **times), FITTED, get_total_loss)
-    errors = {
-        kind: predictor.get_errors([p for p in judged if p.kind == kind], overheads)
-        for kind in (PREFILL, DECODE)
-    }
-    return Fit(overheads, errors, frozenset((p.model, p.cell) for p in judged))
+    start = OVERHEADS[weights]
+    times = {name: max(1.0, getattr(start, name)) for name in FITTED if name.endswith("_ns")}
+    return search(replace(start, **times), FITTED, get_total_loss)

@@ -57,9 +57,9 @@ def list_steps(runs: Sequence[Run], fitted: Fit | None) -> list[StepLine]:
         point = points.get((row["model"], row["cell"]))
         if device is not None and point is not None:
             predictor = Predictor(device)
-            predicted = predictor.predict_ns(point, OVERHEADS) / 1e9
-            if fitted is not None:
-                ours = predictor.predict_ns(point, fitted.overheads) / 1e9
+            predicted = predictor.predict_ns(point, OVERHEADS[point.weights]) / 1e9
+            if fitted is not None and point.weights in fitted.overheads:
+                ours = predictor.predict_ns(point, fitted.overheads[point.weights]) / 1e9
         lines.append(
             StepLine(
                 row["model"],
@@ -190,12 +190,11 @@ def _write_fit(fitted: Fit | None) -> str:
     if fitted is None:
         return ""
     values = fitted.describe()
-    overheads, errors = values["overheads"], values["median_error"]
-    assert isinstance(overheads, dict)
-    assert isinstance(errors, dict)
-    rows = [(name, f"{value:,.3f}") for name, value in overheads.items()]
-    told = ", ".join(f"{kind} {error:.1%}" for kind, error in errors.items())
-    table = write_table(("overhead", "fitted"), rows)
+    overheads = values["overheads"]
+    names = list(next(iter(overheads.values())))
+    rows = [(name, *(f"{each[name]:,.3f}" for each in overheads.values())) for name in names]
+    told = ", ".join(f"{kind} {error:.1%}" for kind, error in values["median_error"].items())
+    table = write_table(("fitted", *overheads), rows)
     return f"## Plan's overheads, fitted\n\n{table}\nMedian error of what was not fitted: {told}.\n"
 
 
