@@ -17,14 +17,14 @@ import numpy as np
 from twostroke.bench.fit_roofline import Vector, get_loss, search
 from twostroke.bench.gpu.results import Run, list_rows
 from twostroke.bench.gpu.workloads import DECODE, PREFILL, get_model, get_totals
-from twostroke.plan.step_time import CAPTURED, Overheads, RooflineCost
+from twostroke.plan.step_time import CAPTURED, OURS, Overheads, RooflineCost
 from twostroke.spec.device import DeviceSpec, get_known_device
 from twostroke.spec.work import StepTotals
 
 SIXTEEN_BITS, FOUR_BITS = "16-bit weights", "4-bit weights"
 
 # The overheads that plan uses for this engine, by the weights it multiplies.
-OVERHEADS: Mapping[str, Overheads] = {SIXTEEN_BITS: CAPTURED, FOUR_BITS: CAPTURED}
+OVERHEADS: Mapping[str, Overheads] = {SIXTEEN_BITS: OURS, FOUR_BITS: CAPTURED}
 
 FITTED = (
     "memory_efficiency",
