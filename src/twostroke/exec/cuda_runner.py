@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from twostroke.exec.cuda_device import Device, Event, Run
-from twostroke.exec.cuda_ladder import Ladder
+from twostroke.exec.cuda_ladder import SPARE_TILES, Ladder
 from twostroke.exec.cuda_record import make_ropes, record
 from twostroke.exec.cuda_staging import StagedView, StepCounts, count_step, fill, view
 from twostroke.kernels.cuda import attention, quantised, rows
@@ -123,7 +123,8 @@ class CudaRunner:
         )
         self.drawn = torch.zeros(limits.tokens, dtype=torch.int32, device=name)
         tokens, wide = limits.tokens, limits.table_blocks
-        largest = StepCounts(tokens, limits.rows, tokens, limits.rows, tokens, wide).size
+        most_rows, most_tiles = limits.rows + 1, tokens + SPARE_TILES
+        largest = StepCounts(tokens, most_rows, tokens, most_rows, most_tiles, wide).size
         self._buffer = torch.zeros(largest, dtype=torch.int32, device=name)
         self._slots = [_Slot(device.pin((largest,), torch.int32)) for _ in range(_SLOTS)]
         self._turn = 0
