@@ -93,6 +93,6 @@ def choose_decode(work: Work, scratch: AttentionScratch) -> DecodeConfig:
 
 
 def choose_prefill(work: Work) -> PrefillConfig:
-    """How a prefill is cut: two programs of 64 queries on a processor beat one of 128 on an H100."""
+    """How a prefill is cut: two programs of 64 queries a processor beat one of 128 on an H100."""
     can_box = work.kv.keys.dtype == work.q.dtype
     return PrefillConfig(64, 64, warps=4, stages=3 if work.head_dim <= 128 else 2, boxes=can_box)
