@@ -15,7 +15,7 @@ from twostroke.exec.reference import ReferenceRunner
 from twostroke.spec.kv import KvElement
 from twostroke.spec.quant import Format
 
-# Rows that a step is padded with hold anything, and NumPy, which the interpreter computes with, minds.
+# Rows that pad a step hold anything, and NumPy, which the interpreter computes with, minds.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).*encountered:RuntimeWarning")
 
 SETUP = Setup(step_tokens=64, max_rows=4, rungs=(1, 2, 4), num_blocks=24)
