@@ -73,6 +73,16 @@ def test_log_probabilities_are_those_of_the_reference(family: str, device: str) 
         assert np.allclose(scored, expected, atol=ERROR)
 
 
+@pytest.mark.parametrize("element", [KvElement.INT8, KvElement.FP8])
+def test_eight_bit_keys_and_values_cost_little(element: KvElement, device: str) -> None:
+    request = replace(make_requests(1, 1)[0], prompt=tuple(range(1, 41)), prompt_logprobs=0)
+    expected = run_reference("llama", [request]).answers
+    found = run_family("llama", [request], replace(SETUP, element=element), device).answers
+    for id, answer in expected.items():
+        pairs = zip(found[id].prompt_scored, answer.prompt_scored, strict=True)
+        assert max(abs(ours.logprob - theirs.logprob) for ours, theirs in pairs) <= 5 * ERROR
+
+
 def test_two_steps_in_flight_draw_what_one_does(device: str) -> None:
     requests = make_requests(3)
     ahead = run_family("llama", requests, SETUP, device)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from twostroke.kernels.cuda.types import BLOCK_TOKENS
 from twostroke.kernels.ops import I32
 
 _log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
@@ -97,13 +101,9 @@ class CudaExecutor:
         if self._lost is not None:
             on_done(ExecutorLost(self._lost))
             return
-        try:
-            with self._device.use():
-                flight = self._enqueue(plan, on_done)
-        except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
-            _log.exception("step %d could not be queued", plan.step)
-            self._lose(f"step {plan.step} could not be queued: {error}")
-            on_done(ExecutorLost(f"step {plan.step} could not be queued: {error}"))
+        flight = self._try(plan, partial(self._enqueue, plan, on_done))
+        if flight is None:
+            on_done(ExecutorLost(self._lost or ""))
             return
         with self._lock:
             is_open = self._lost is None
@@ -139,6 +139,11 @@ class CudaExecutor:
     # ---- queueing ------------------------------------------------------------------------------
 
     def _enqueue(self, plan: StepPlan, on_done: OnDone) -> _Flight:
+        with self._device.use():
+            return self._enqueue_here(plan, on_done)
+
+    def _enqueue_here(self, plan: StepPlan, on_done: OnDone) -> _Flight:
+        """Queues a plan on the stream in use."""
         self._move_blocks(plan)
         begin = self._device.record()
         batch = self._builder.build(plan)
@@ -227,12 +232,18 @@ class CudaExecutor:
     def _answer(self) -> None:
         """Waits for flights in the order they were queued; the waiter's whole life."""
         while (flight := self._queued.get()) is not None:
-            try:
-                answer: StepAnswer = self._finish(flight)
-            except RuntimeError as error:  # the device failed, in this step or an earlier one
-                self._lose(f"the device failed: {error}")
-                continue
-            self._settle(flight, answer)
+            answer = self._try(flight.plan, partial(self._finish, flight))
+            if answer is not None:
+                self._settle(flight, answer)
+
+    def _try(self, plan: StepPlan, function: Callable[[], Result]) -> Result | None:
+        """What `function` returns; None when it fails, which loses the executor."""
+        try:
+            return function()
+        except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
+            _log.exception("step %d failed", plan.step)
+            self._lose(f"step {plan.step} failed: {type(error).__name__}: {error}")
+            return None
 
     def _finish(self, flight: _Flight) -> StepOutcome:
         flight.end.wait()

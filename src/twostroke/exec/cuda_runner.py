@@ -1,8 +1,8 @@
-"""The forward pass on a GPU: recorded once, laid out for few rows and for many, decodes captured.
+"""The forward pass on a GPU: recorded once, laid out for few rows and for many, steps captured.
 
 Owns the programs, their memory and the graphs. `enqueue` queues a step behind those before it and
-returns; it never waits for the device. Steps that decode one token a row are padded to the next
-rung of a ladder of batch sizes, whose launches were captured; all others are launched one by one.
+returns; it never waits for a step. Steps are padded to the next rung of a ladder of sizes
+(cuda_ladder.py), whose launches were captured; one that no rung holds is launched call by call.
 """
 
 from __future__ import annotations

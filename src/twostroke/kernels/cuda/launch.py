@@ -36,6 +36,7 @@ from twostroke.kernels.cuda.types import (
     StepTensors,
     Tensor,
 )
+from twostroke.kernels.reference.ops import get_rotated_dims
 
 Views = dict[Value, Tensor]
 Launch = Callable[[], None]
@@ -122,7 +123,9 @@ class Launches:
             qkv = _join_columns(*(at[value] for value in call.qkv))
             return partial(rope.rope_write, at[call.out], qkv, step, kv, heads)
         q = at[call.q].unflatten(1, (self.shape.heads, self.shape.head_dim))
-        look = attention.Look(call.scale, call.window, self.exact)
+        # Of 8-bit pools both q and keys come rotated: q . k = (H q) . (H k) / n (see rope.py).
+        rotated = get_rotated_dims(self.shape.head_dim) if kv.key_scales is not None else 1
+        look = attention.Look(call.scale / rotated, call.window, self.exact)
         return partial(attention.attend, at[call.out], q, kv, step, look, self.attention_scratch)
 
     def _bind_embed(self, call: Embed, at: Views, step: StepTensors) -> Launch:
