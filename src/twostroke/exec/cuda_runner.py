@@ -57,6 +57,12 @@ class RunnerLimits:
         blocks = -(-self.context_tokens // BLOCK_TOKENS)
         return -(-blocks // TABLE_STEP) * TABLE_STEP
 
+    def get_buffer_size(self) -> int:
+        """int32 values of the largest step, padding included."""
+        tokens, rows = self.tokens, self.rows + 1
+        tiles = tokens + SPARE_TILES
+        return StepCounts(tokens, rows, tokens, rows, tiles, self.table_blocks).size
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceModel:
@@ -122,9 +128,7 @@ class CudaRunner:
             spec.num_heads // spec.num_kv_heads, spec.head_dim, model.exact
         )
         self.drawn = torch.zeros(limits.tokens, dtype=torch.int32, device=name)
-        tokens, wide = limits.tokens, limits.table_blocks
-        most_rows, most_tiles = limits.rows + 1, tokens + SPARE_TILES
-        largest = StepCounts(tokens, most_rows, tokens, most_rows, most_tiles, wide).size
+        largest = limits.get_buffer_size()
         self._buffer = torch.zeros(largest, dtype=torch.int32, device=name)
         self._slots = [_Slot(device.pin((largest,), torch.int32)) for _ in range(_SLOTS)]
         self._turn = 0
