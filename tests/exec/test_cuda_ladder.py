@@ -68,10 +68,8 @@ def test_every_token_is_decoded_or_in_one_tile(seed: int) -> None:
     for counts in (rung, count_step(arrays, TILE, LIMITS.table_blocks)):
         at = stage(arrays, counts, None)
         offsets, lengths = at["row_offsets"], np.diff(arrays.row_offsets)
-        seen: list[int] = []
-        for row in at["decode_rows"].tolist():
-            if at["contexts"][row]:
-                seen.append(int(offsets[row]))
+        decodes = at["decode_rows"].tolist()
+        seen = [int(offsets[row]) for row in decodes if at["contexts"][row]]
         for row, first in at["tiles"].reshape(-1, 2).tolist():
             if row >= 0:
                 last = min(first + TILE, int(lengths[row]))
