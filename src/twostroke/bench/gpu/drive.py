@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,6 +140,10 @@ class _Place:
         self.keep(self.run)
 
 
+def _run_section(section: Section, session: Session, plan: Plan, seconds: float) -> None:
+    section(session, plan, Clock(seconds))
+
+
 def _visit_model(name: str, visits: Sequence[Visit], plan: Plan, place: _Place) -> None:
     model, run = get_model(name), place.run
     obstacle = find_obstacle(model.get_spec(), SMALLEST, run.ceilings.memory_bytes)
@@ -153,6 +158,6 @@ def _visit_model(name: str, visits: Sequence[Visit], plan: Plan, place: _Place) 
     try:
         for visit in visits:
             section = SECTIONS[visit.section]
-            place.guard(visit, lambda seconds: section(session, plan, Clock(seconds)))  # noqa: B023
+            place.guard(visit, partial(_run_section, section, session, plan))
     finally:
         session.close()

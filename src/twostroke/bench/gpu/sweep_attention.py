@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from twostroke.bench.gpu.timing import Pace, time_launch
+from twostroke.bench.gpu.sweep import measure_copy, time_captured, try_together
+from twostroke.bench.gpu.timing import Pace
 from twostroke.kernels.cuda import attention
 from twostroke.kernels.cuda.attention_decode import DecodeConfig, decode
 from twostroke.kernels.cuda.attention_prefill import PrefillConfig, prefill
@@ -30,7 +30,6 @@ Launch = Callable[[], Any]
 PARTS = ("prefill", "decode", "other")
 DTYPE = torch.float16
 PACE = Pace(least=4, most=12, budget_s=0.02)
-THREADS = 12
 ROTATED_BYTES = 300_000_000
 COPIED_BYTES = 2_000_000_000
 
@@ -97,10 +96,7 @@ class Sweep:
         self.is_gpu = device.type == "cuda"
         self.rows: list[dict[str, Any]] = []
         size = COPIED_BYTES if self.is_gpu else 1_000_000
-        source = torch.zeros(size, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        seconds = time_launch(lambda: target.copy_(source), device, PACE).seconds
-        self.copy = 2 * size / seconds
+        self.copy = measure_copy(device, 2 * size, PACE)
         print(f"copy {self.copy / 1e9:.0f} GB/s", flush=True)
 
     def report(self, name: str, text: str, **values: Any) -> None:
@@ -109,23 +105,13 @@ class Sweep:
         self.rows.append({"name": name, **values})
 
     def time(self, launches: Sequence[Launch]) -> float:
-        """Seconds of one launch on average, captured and replayed together."""
-        if not self.is_gpu:
-            return time_launch(lambda: [each() for each in launches], self.device, PACE).seconds
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for each in launches:
-                each()
-        return time_launch(graph.replay, self.device, PACE).seconds / len(launches)
+        """Seconds of one launch on average."""
+        return time_captured(launches, self.device, PACE)
 
     def warm(self, launches: Mapping[str, Launch]) -> dict[str, str]:
-        """Run each once, several at a time: compiling takes a second each. What failed, and how."""
-        with ThreadPoolExecutor(THREADS if self.is_gpu else 1) as pool:
-            running = {name: pool.submit(launch) for name, launch in launches.items()}
-        errors = {name: each.exception() for name, each in running.items()}
-        if self.is_gpu:
-            torch.cuda.synchronize()
-        return {name: repr(error)[:60] for name, error in errors.items() if error is not None}
+        """Compile what these launch; what failed, and how."""
+        errors = zip(launches, try_together(list(launches.values()), self.device), strict=True)
+        return {name: repr(error)[:60] for name, error in errors if error is not None}
 
 
 def make_works(shape: Shape, device: torch.device, layers: int) -> list[Work]:

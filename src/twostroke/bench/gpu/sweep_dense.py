@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from twostroke.bench.gpu.timing import Pace, time_launch
+from twostroke.bench.gpu.sweep import measure_copy, run_together, time_captured
+from twostroke.bench.gpu.timing import Launch, Pace
 from twostroke.kernels.cuda import rows
 from twostroke.kernels.cuda.dense import product, product_exact, product_many
 from twostroke.kernels.cuda.overlap import can_overlap
@@ -33,12 +33,10 @@ from twostroke.kernels.cuda.types import (
     Tensor,
 )
 
-Launch = Callable[[], Any]
 PARTS = ("vector", "tiles", "chain", "exact", "small")
 DTYPE = torch.float16
 EPS = 1e-5
 PACE = Pace(least=4, most=12, budget_s=0.03)
-THREADS = 12
 
 VECTORS = (
     Tile(8, 1024, 0, 4, 3, 4096),
@@ -86,10 +84,7 @@ class Sweep:
         self.rows: list[dict[str, Any]] = []
         pool = torch.empty(self.sizes.pool_bytes // 2, dtype=DTYPE, device=device)
         self.pool = pool.normal_() / 64
-        source = torch.empty(self.sizes.copied_bytes // 2, dtype=DTYPE, device=device)
-        target = torch.empty_like(source)
-        seconds = time_launch(lambda: target.copy_(source), device, PACE).seconds
-        self.copy = 2 * self.sizes.copied_bytes / seconds
+        self.copy = measure_copy(device, 2 * self.sizes.copied_bytes, PACE)
         self.report("copy", f"{self.copy / 1e9:.0f} GB/s", copy=self.copy)
 
     def report(self, name: str, text: str, **values: Any) -> None:
@@ -112,25 +107,13 @@ class Sweep:
         return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
 
     def time(self, launches: Sequence[Launch]) -> float:
-        """Seconds of one launch on average, captured and replayed together."""
-        if self.device.type != "cuda":
-            return time_launch(lambda: [each() for each in launches], self.device, PACE).seconds
-        for each in launches[:2]:
-            each()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for each in launches:
-                each()
-        return time_launch(graph.replay, self.device, PACE).seconds / len(launches)
+        """Seconds of one launch on average."""
+        return time_captured(launches, self.device, PACE)
 
     def warm(self, launches: Sequence[Launch]) -> None:
-        """Run each once, several at a time: compiling takes a second each."""
-        if self.device.type != "cuda":
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda launch: launch(), launches))
-        torch.cuda.synchronize()
+        """Compile what these launch."""
+        if self.device.type == "cuda":
+            run_together(launches, self.device)
 
     def check(self, multiply: Callable[..., None], x: Tensor, matrix: DenseMatrix) -> None:
         """Hold a product's error to twice that of PyTorch."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from twostroke.bench.gpu.timing import Pace, time_launch
+from twostroke.bench.gpu.sweep import measure_copy, run_together, time_captured
+from twostroke.bench.gpu.timing import Launch, Pace
 from twostroke.kernels.cuda.quantised import (
     Workspace,
     dequantise,
@@ -35,13 +35,11 @@ from twostroke.kernels.cuda.quantised_choice import (
 from twostroke.kernels.cuda.repack import dequantise_rows, make_random
 from twostroke.kernels.cuda.types import PLAIN, Fused, QuantMatrix, Tensor
 
-Launch = Callable[[], Any]
 Run = Callable[[Tensor, Tensor, QuantMatrix, Fused], Any]
 PARTS = ("one", "few", "exact", "many")
 DTYPE = torch.float16
 EPS = 1e-5
 PACE = Pace(least=4, most=12, budget_s=0.02)
-THREADS = 12
 GATED = "gate_up"
 
 ONE = {
@@ -110,10 +108,7 @@ class Sweep:
         self.sizes = FULL if device.type == "cuda" else TINY
         self.rows: list[dict[str, Any]] = []
         self.work = make_workspace(device)
-        source = torch.empty(self.sizes.copied_bytes // 2, dtype=DTYPE, device=device)
-        target = torch.empty_like(source)
-        seconds = time_launch(lambda: target.copy_(source), device, PACE).seconds
-        self.copy = 2 * self.sizes.copied_bytes / seconds
+        self.copy = measure_copy(device, 2 * self.sizes.copied_bytes, PACE)
         self.report("copy", f"{self.copy / 1e9:.0f} GB/s", copy=self.copy)
 
     def report(self, name: str, text: str, **values: Any) -> None:
@@ -126,25 +121,13 @@ class Sweep:
         return torch.empty(shape, dtype=DTYPE, device=self.device).normal_()
 
     def time(self, launches: Sequence[Launch]) -> float:
-        """Seconds of one launch on average, captured and replayed together."""
-        if self.device.type != "cuda":
-            return time_launch(lambda: [each() for each in launches], self.device, PACE).seconds
-        for each in launches[:2]:
-            each()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for each in launches:
-                each()
-        return time_launch(graph.replay, self.device, PACE).seconds / len(launches)
+        """Seconds of one launch on average."""
+        return time_captured(launches, self.device, PACE)
 
     def warm(self, launches: Sequence[Launch]) -> None:
-        """Run each once, several at a time: compiling takes a second each."""
-        if self.device.type != "cuda":
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda launch: launch(), launches))
-        torch.cuda.synchronize()
+        """Compile what these launch."""
+        if self.device.type == "cuda":
+            run_together(launches, self.device)
 
 
 class Case:

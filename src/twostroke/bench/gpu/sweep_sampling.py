@@ -9,8 +9,7 @@ with microseconds a step by the number of rows. On a CPU, in Triton's interprete
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from twostroke.bench.gpu.timing import Pace, time_launch
+from twostroke.bench.gpu.sweep import run_together, time_captured
+from twostroke.bench.gpu.timing import Launch, Pace
 from twostroke.core.types import Row, SamplingSpec, SequenceId
 from twostroke.exec.sampling import build_sampling_arrays
 from twostroke.kernels.cuda.sampling import (
@@ -33,7 +33,6 @@ from twostroke.kernels.cuda.sampling_tensors import SamplingCounts, SamplingMode
 from twostroke.kernels.cuda.types import Tensor
 from twostroke.kernels.reference import sampling as reference
 
-Launch = Callable[[], Any]
 PACE = Pace(least=5, most=30, budget_s=0.01)
 SETTINGS = {
     "temperature": SamplingSpec(temperature=0.8),
@@ -98,14 +97,7 @@ class Sweep:
 
     def time(self, launch: Launch) -> float:
         """Microseconds of one launch, replayed from a graph."""
-        launch()
-        if self.device.type != "cuda":
-            return 1e6 * time_launch(launch, self.device, PACE).seconds
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-        return 1e6 * time_launch(graph.replay, self.device, PACE).seconds
+        return 1e6 * time_captured([launch], self.device, PACE)
 
     def bind(self, logits: Tensor, spec: SamplingSpec, choice: DrawChoice = CHOICE) -> Launch:
         """A draw of these logits with one spec for all rows, each with a number of its own."""
@@ -167,9 +159,7 @@ def warm(sweep: Sweep, choices: Sequence[DrawChoice]) -> None:
         launches += [sweep.bind_scores(logits)]
         launches += [partial(draw_greedy, tokens, logits, sweep.scratch.draw)]
     if sweep.device.type == "cuda":
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda launch: launch(), launches))
-        torch.cuda.synchronize()
+        run_together(launches, sweep.device)
 
 
 def sweep_settings(sweep: Sweep) -> None:

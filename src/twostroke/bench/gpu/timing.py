@@ -79,12 +79,11 @@ def capture(launch: Launch, device: torch.device) -> Launch:
     with torch.cuda.graph(graph):
         result = launch()
 
-    def replay() -> Any:
+    def replay(captured: Launch = launch) -> Any:
+        """`captured` holds the memory that the graph reads, which nothing else may hold."""
         graph.replay()
         return result
 
-    # A graph reads memory that nothing else may hold: it lives as long as what it was captured of.
-    replay.captured = launch  # type: ignore[attr-defined]
     return replay
 
 
