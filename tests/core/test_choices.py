@@ -82,6 +82,7 @@ def test_a_prompt_above_the_watermark_still_runs_alone() -> None:
     driver.submit(build_request("big", 28, 4))
     driver.submit(build_request("small", 2, 4))
     driver.drain()
+    assert driver.scheduler.counts["finished"] == 2
 
 
 def test_pre_allocation_takes_all_room_at_once_and_no_more() -> None:

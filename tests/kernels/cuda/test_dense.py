@@ -211,6 +211,7 @@ def test_chosen_tiles_fit_the_memory_of_a_processor(tokens: int, outputs: int) -
 def test_no_rows_are_no_work(device: str) -> None:
     weights = torch.zeros(8, 16, dtype=torch.float16, device=device)
     x = torch.empty(0, 16, dtype=torch.float16, device=device)
-    out = torch.empty(0, 8, dtype=torch.float16, device=device)
+    memory = torch.full((2, 8), 7, dtype=torch.float16, device=device)
     for multiply in (product, product_exact, product_many):
-        multiply(out, x, DenseMatrix(weights))
+        multiply(memory[:0], x, DenseMatrix(weights))
+    assert (memory == 7).all()

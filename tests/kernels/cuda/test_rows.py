@@ -131,10 +131,13 @@ def test_rows_do_not_depend_on_each_other(device: str) -> None:
 
 
 def test_no_rows_are_no_work(device: str) -> None:
-    empty = torch.empty(0, 64, dtype=torch.float16, device=device)
+    memory = torch.full((2, 64), 7, dtype=torch.float16, device=device)
+    tokens = torch.full((2,), 7, dtype=torch.int32, device=device)
+    nothing, index = memory[:0], tokens[:0]
     weight = torch.ones(64, dtype=torch.float16, device=device)
-    index = torch.empty(0, dtype=torch.int32, device=device)
-    rows.rms_norm(empty, empty, weight, EPS)
-    rows.add(empty, empty, empty)
-    rows.take_rows(empty, weight[None], index)
+    rows.rms_norm(nothing, nothing, weight, EPS)
+    rows.add(nothing, nothing, nothing)
+    rows.take_rows(nothing, weight[None], index)
     rows.gather_tokens(index, index, index)
+    assert (memory == 7).all()
+    assert (tokens == 7).all()
