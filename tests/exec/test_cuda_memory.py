@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tiny_models import TINY_SPECS
+from tiny_models import TINY_SPECS, make_tensors
 from twostroke.errors import DeviceError
 from twostroke.exec.cuda_formats import (
     DENSE,
@@ -184,3 +184,20 @@ def test_blocks_and_scratch_are_what_the_kernels_take() -> None:
         options = replace(OPTIONS, max_rows=rows, context_tokens=spec.context_tokens)
         scratch = count_scratch_bytes(rows, spec.num_heads, spec.head_dim, spec.context_tokens)
         assert get_needs(spec, options).buffers > scratch
+
+
+@pytest.mark.parametrize("format", [Format.F32, Format.Q4_0])
+@pytest.mark.parametrize("family", list(TINY_SPECS))
+def test_what_an_executor_allocates_was_planned(family: str, format: Format) -> None:
+    pytest.importorskip("torch")
+    from twostroke.exec.cuda_open import open_executor
+
+    tensors = make_tensors(TINY_SPECS[family], format)
+    formats = tuple((name, each.spec.format) for name, each in tensors.items())
+    spec = replace(TINY_SPECS[family], formats=formats)
+    options = CudaOptions("cpu", KvElement.F16, 512, 32, 640, kv_bytes=2**22)
+    executor = open_executor(spec, tensors, options).executor
+    try:
+        assert executor.work_bytes <= get_needs(spec, options).buffers
+    finally:
+        executor.close()

@@ -82,6 +82,11 @@ class CudaExecutor:
         """The forward pass it runs."""
         return self._runner
 
+    @property
+    def work_bytes(self) -> int:
+        """Device memory beside weights, the pool and graphs."""
+        return self._runner.work_bytes + self._draws.bytes
+
     def describe(self) -> ExecutorInfo:
         """What this executor offers."""
         pool, facts = self._runner.pool, self._facts

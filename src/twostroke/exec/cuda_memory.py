@@ -33,6 +33,12 @@ _LEAST_PARTS = 1024
 # Of a token of a sequence whose repetitions are penalised: the hash table that counts them (see
 # kernels/cuda/sampling_adjust.py), which grows twofold.
 _HISTORY_BYTES = 64
+# Of a drawn row, and of penalties and biases to begin with (see kernels/cuda/sampling.py); where
+# parts of products with quantised matrices meet; what tables are widened to.
+_DRAW_ROW_BYTES = 96 * 2**10
+_DRAW_ROOM_BYTES = 7 * 2**20
+_WORKSPACE_BYTES = 17 * 2**20
+_TABLE_STEP = 16
 _MIB = 2**20
 
 
@@ -180,18 +186,20 @@ def _list_changes(options: CudaOptions) -> Iterator[tuple[str, CudaOptions]]:
 
 
 def _get_buffer_bytes(spec: ModelSpec, options: CudaOptions) -> int:
-    """Activations, logits, attention's scratch and tables, at their largest.
+    """Activations, logits, the kernels' own memory and tables, at their largest.
 
     A token's activations: the residual stream and three like it, and either q, k, v and attention's
-    output or gate, up and their product. Logits stand twice: as they are, and as sampling orders
-    them. One quantised matrix is unpacked for products of many rows.
+    output or gate, up and their product. One quantised matrix is unpacked for products of many
+    rows.
     """
     width, query = spec.width, spec.num_heads * spec.head_dim
     qkv = query + 2 * spec.num_kv_heads * spec.head_dim
     values = 4 * width + max(qkv + query, 3 * spec.ffn_width)
     activations = 2 * values * options.step_tokens
     rows = min(options.max_rows, options.step_tokens)
-    head = rows * (4 * width + 2 * 4 * spec.vocab_size)
+    head = rows * (4 * width + 4 * spec.vocab_size)
+    # Scores keep a number of every 64 tokens, of every 4,096 three more.
+    draws = rows * (_DRAW_ROW_BYTES + spec.vocab_size // 16 + 1024) + _DRAW_ROOM_BYTES
     parts = max(_LEAST_PARTS, _PARTS_A_ROW * rows)
     scratch = 4 * spec.num_heads * (parts * (spec.head_dim + 2) + rows)
     ropes = 4 * len({layer.rope for layer in spec.layers}) * spec.head_dim * options.context_tokens
@@ -203,8 +211,11 @@ def _get_buffer_bytes(spec: ModelSpec, options: CudaOptions) -> int:
         ),
         default=0,
     )
-    tables = 4 * (rows * -(-options.context_tokens // BLOCK_TOKENS) + 8 * options.step_tokens)
-    return activations + head + scratch + ropes + unpacked + tables
+    is_quantised = any(each.is_quantised for _, each, _, _ in list_matrices(spec, options.quantise))
+    unpacked += _WORKSPACE_BYTES if is_quantised else 0
+    blocks = -(-options.context_tokens // (BLOCK_TOKENS * _TABLE_STEP)) * _TABLE_STEP
+    tables = 4 * ((rows + 1) * (blocks + 4) + 9 * options.step_tokens)
+    return activations + head + draws + scratch + ropes + unpacked + tables
 
 
 def _explain_rest(free: int, total: int, needs: MemoryNeeds) -> str:

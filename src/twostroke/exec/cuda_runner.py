@@ -113,6 +113,10 @@ class CudaRunner:
             name, limits.rows, spec.num_heads, spec.head_dim, limits.context_tokens
         )
         workspace, unpacked = make_unpacking(model.weights, model.dtype, name)
+        own = [table for rope in ropes.values() for table in (rope.cos, rope.sin)]
+        if workspace is not None and unpacked is not None:
+            own += [workspace.partials, workspace.counters, unpacked]
+        self._extra_bytes = sum(each.numel() * each.element_size() for each in own)
         launches = Launches(
             pool.layers,
             HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
@@ -142,8 +146,9 @@ class CudaRunner:
 
     @property
     def work_bytes(self) -> int:
-        """Device memory beside weights and the pool."""
-        return self._memory.bytes + self._scratch.bytes + 4 * self._buffer.numel()
+        """Device memory beside weights, the pool and graphs."""
+        staged = 4 * (self._buffer.numel() + self.drawn.numel())
+        return self._memory.bytes + self._scratch.bytes + staged + self._extra_bytes
 
     def capture(self, progress: Callable[[StepCounts], None] = lambda counts: None) -> None:
         """Captures every rung of the ladder; `progress` is told each."""
