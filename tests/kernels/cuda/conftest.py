@@ -1,10 +1,22 @@
-"""The interpreter treats narrow floats as a GPU does while kernels are tested in it."""
+"""The GPU's kernels in Triton's interpreter: slow, and with narrow floats treated as a GPU does."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from triton_repair import repair_interpreter
+
+FOLDER = Path(__file__).parent
+QUICK = ("test_program",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs a kernel here is marked slow: `make test` runs it, `make check` does not."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER) and item.path.stem not in QUICK:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
