@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tiny_models import TINY_SPECS, make_tensors
-from twostroke.errors import DeviceError
+from twostroke.errors import DeviceError, UnsupportedModel
 from twostroke.exec.cuda_formats import (
     DENSE,
     DeviceFormat,
@@ -27,10 +28,12 @@ from twostroke.exec.cuda_memory import (
     get_savings,
     plan_memory,
 )
+from twostroke.exec.rank_cuda import open_cuda_ranks
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.quant import Format
+from twostroke.spec.ranks import RankLayout
 
 GIB = 2**30
 TOTAL = 80 * GIB
@@ -201,3 +204,9 @@ def test_what_an_executor_allocates_was_planned(family: str, format: Format) -> 
         assert executor.work_bytes <= get_needs(spec, options).buffers
     finally:
         executor.close()
+
+
+def test_ranks_refuse_a_head_size_before_a_process_is_started(tmp_path: Path) -> None:
+    spec = replace(TINY_SPECS["llama"], head_dim=24)
+    with pytest.raises(UnsupportedModel, match="head size 24"):
+        open_cuda_ranks(spec, tmp_path, OPTIONS, RankLayout(2), ["cuda:0", "cuda:1"])

@@ -44,6 +44,10 @@ from twostroke.text.tokenizer import Tokenizer, build_tokenizer
 from twostroke.weights.catalog import get_cache_dir, resolve
 from twostroke.weights.load import OpenModel, open_model
 
+# A GPU starts the next step before the host has heard of the last. A step takes less than a second,
+# or a minute when a kernel is compiled for it: what is not answered for so long never will be.
+GPU_POLICY = LoopPolicy(max_in_flight=2, step_deadline_ns=300 * 10**9)
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
@@ -92,8 +96,7 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
             executor=executor,
             clock=MonotonicClock(),
             model_name=get_model_name(wanted.model),
-            # A GPU starts the next step before the host has heard of the last.
-            policy=LoopPolicy(max_in_flight=2 if settings.is_on_gpu else 1),
+            policy=GPU_POLICY if settings.is_on_gpu else LoopPolicy(),
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)

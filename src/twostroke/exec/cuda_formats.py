@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from twostroke.errors import UnsupportedModel
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.quant import Format
 
+LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 256
 # Weights that one scale is for where a model is quantised while it is loaded.
 QUANTISED_GROUP = 32
 # One below the other in one matrix, so that each is one product.
@@ -65,6 +67,15 @@ QUANTISED_WEIGHTS = {
     "int4": DeviceFormat(4, QUANTISED_GROUP),
     "int8": DeviceFormat(8, QUANTISED_GROUP),
 }
+
+
+def check_kernels(spec: ModelSpec) -> None:
+    """Raises UnsupportedModel where no kernel has the model's head size."""
+    if spec.head_dim % 16 or not LEAST_HEAD_DIM <= spec.head_dim <= MOST_HEAD_DIM:
+        raise UnsupportedModel(
+            f"{spec.name}: head size {spec.head_dim} has no kernels on a GPU, only multiples of 16 "
+            f"from {LEAST_HEAD_DIM} to {MOST_HEAD_DIM}; use --device cpu"
+        )
 
 
 def get_device_format(stored: Format, quantise: str = "") -> DeviceFormat:

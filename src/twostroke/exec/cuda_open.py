@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from twostroke.errors import UnsupportedModel
 from twostroke.exec.cuda import CudaExecutor, CudaFacts
 from twostroke.exec.cuda_device import Device, GpuDevice, HostDevice
 from twostroke.exec.cuda_draw import DeviceDraws
+from twostroke.exec.cuda_formats import check_kernels
 from twostroke.exec.cuda_ladder import make_rungs, make_token_rungs
 from twostroke.exec.cuda_memory import (
     CudaOptions,
@@ -40,8 +40,6 @@ from twostroke.spec.model import ModelSpec
 from twostroke.weights.tensor import HostTensor
 
 _log = logging.getLogger(__name__)
-
-LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +66,7 @@ def open_executor(
     Raises: DeviceError for a device that cannot be used or that has too little memory,
     UnsupportedModel for a model that has no kernels here.
     """
-    if spec.head_dim % 16 or not LEAST_HEAD_DIM <= spec.head_dim <= MOST_HEAD_DIM:
-        raise UnsupportedModel(
-            f"{spec.name}: head size {spec.head_dim} has no kernels on a GPU, only multiples of 16 "
-            f"from {LEAST_HEAD_DIM} to {MOST_HEAD_DIM}; use --device cpu"
-        )
+    check_kernels(spec)
     device = open_device(options.device)
     needs, savings = get_needs(spec, options), get_savings(spec, options)
     plan_memory(*device.get_free(), needs, savings)

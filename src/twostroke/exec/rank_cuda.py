@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from twostroke.core.ports import ExecutorInfo, OnDone
 from twostroke.core.types import PENDING, BlockId, StepPlan
 from twostroke.errors import DeviceError
+from twostroke.exec.cuda_formats import check_kernels
 from twostroke.exec.cuda_memory import CudaOptions, MemoryPlan, get_needs, plan_memory
 from twostroke.exec.rank_wire import RankContext
 from twostroke.exec.ranks import RankGroup, RankSetup
@@ -54,8 +55,10 @@ def open_cuda_ranks(
     spec: of the model. options: their device counts for nothing, and their kv_bytes is of all ranks
     together. devices: as PyTorch names them, in the order of the ranks.
     Raises: DeviceError where the model cannot be divided so, or naming the rank that cannot have
-    its device or memory; ModelError where a rank cannot read the model.
+    its device or memory; UnsupportedModel for a model that has no kernels here; ModelError where a
+    rank cannot read the model.
     """
+    check_kernels(spec)
     if len(devices) != layout.world:
         raise DeviceError(
             f"{layout.tensor} x {layout.stages} ranks need {layout.world} devices, "
