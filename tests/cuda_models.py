@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -109,8 +109,3 @@ def run_cuda(
         assert isinstance(outcome, StepOutcome), outcome
         waiting -= 1
         note(run, scheduler.commit(outcome, run.steps))
-
-
-def with_(setup: Setup, **changes: object) -> Setup:
-    """The setup with changes."""
-    return replace(setup, **changes)  # type: ignore[arg-type]
