@@ -39,7 +39,7 @@ serve: setup  ## Serve MODEL over the OpenAI-compatible API.
 
 # `make test` is `make check` with the real-model and slow tests added to the same run of pytest, so
 # that its closing line counts every test.
-test: setup lint  ## Pull both models, then run everything `check` runs and the real-model tests.
+test: setup lint $(STAMPS)/torch  ## Pull both models, then run everything `check` runs and the real-model tests.
 	@$(BIN)/twostroke pull smollm2-135m
 	@$(BIN)/twostroke pull gemma3-270m
 	@echo "== tests: unit, slow and real-model"
@@ -54,7 +54,7 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > $(STAMPS)/lint-imports.log || { cat $(STAMPS)/lint-imports.log; exit 1; }
 
-unit: setup lint
+unit: setup lint $(STAMPS)/torch
 	@echo "== tests: unit"
 	@$(BIN)/python -m pytest -m "not real_model and not slow"
 
@@ -65,7 +65,7 @@ bench: setup  ## Measure MODEL beside this machine's limits and every installed 
 	@case "$$MODEL" in *-synthetic) ;; *) $(BIN)/twostroke pull "$$MODEL";; esac
 	@$(BIN)/python -m twostroke.bench --models "$$MODEL" $(BENCH)
 
-bench-gpu: setup  ## Measure the engine, its peers and the card on this machine's GPU (BENCH=options).
+bench-gpu: setup $(STAMPS)/torch  ## Measure the engine, its peers and the card on this machine's GPU (BENCH=options).
 	@$(BIN)/python -m twostroke.bench.gpu $(BENCH)
 
 bench-peers: setup  ## Install llama.cpp, OpenVINO, Transformers and vLLM for `make bench`.
@@ -90,11 +90,19 @@ $(STAMPS)/venv:
 	@touch $@
 
 $(STAMPS)/dependencies: pyproject.toml constraints.txt $(STAMPS)/venv
-	@echo "== dependencies at the versions in constraints.txt (one or two minutes the first time)"
+	@echo "== dependencies at the versions in constraints.txt (about a minute the first time)"
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 		print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
 		*p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(STAMPS)/requirements.txt
 	@$(BIN)/python -m pip install --quiet --requirement $(STAMPS)/requirements.txt
+	@touch $@
+
+# PyTorch is large, and only the GPU's backend and its tests need it.
+$(STAMPS)/torch: pyproject.toml constraints.txt $(STAMPS)/dependencies
+	@echo "== PyTorch and Triton, for tests and for GPUs"
+	@$(BIN)/python -m pip install --quiet $$($(BIN)/python -c 'import tomllib; \
+		p = tomllib.load(open("pyproject.toml", "rb")); \
+		print(*p["project"]["optional-dependencies"]["cuda"])')
 	@touch $@
 
 # The Python sources are used where they lie (an editable install); only a change to the native code
