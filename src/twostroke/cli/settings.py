@@ -89,7 +89,9 @@ class LLMOptions(MachineSettings, total=False):
 def keep_on_cpu(on: MachineOptions) -> MachineOptions:
     """The options for what only the CPU's engine can do. Raises InvalidParameter for a GPU."""
     if on.device not in ("auto", "cpu"):
-        raise InvalidParameter("device", f"this is not there yet for {on.device!r}, only for cpu")
+        raise InvalidParameter(
+            "device", f"only cpu is measured so, not {on.device!r}; use --device cpu"
+        )
     return replace(on, device="cpu")
 
 
