@@ -75,7 +75,7 @@ class Case:
 
 def make_case(rows: Sequence[Row], heads: Heads, kind: Kind, device: str) -> Case:
     """Fresh random numbers, in scattered blocks of a pool that is poisoned everywhere else."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     needed = [-(-(row.past + row.tokens) // BLOCK_TOKENS) for row in rows]
     pool = _make_pool(sum(needed) + 2, heads, kind, device)
     order = rng.permutation(sum(needed) + 2)

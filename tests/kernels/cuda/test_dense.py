@@ -78,7 +78,7 @@ def make_fused(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tokens", [1, 2, 8, 13, 40])
 def test_chosen_tiles_multiply(device: str, dtype: torch.dtype, tokens: int) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x = draw(rng, (tokens, 520), dtype, device)
     check(x, draw(rng, (72, 520), dtype, device))
 
@@ -89,7 +89,7 @@ def test_chosen_tiles_multiply(device: str, dtype: torch.dtype, tokens: int) -> 
 def test_fuses_norm_bias_gate_and_sum(
     device: str, dtype: torch.dtype, tokens: int, gate: str
 ) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     outputs, inputs = 76, 200
     x = draw(rng, (tokens, inputs), dtype, device)
     weights = draw(rng, (outputs, inputs), dtype, device)
@@ -100,7 +100,7 @@ def test_fuses_norm_bias_gate_and_sum(
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 64), (7, 33), (33, 129), (64, 128)])
 def test_tiles_may_be_cut_off(device: str, tokens: int, outputs: int, inputs: int) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x = draw(rng, (tokens, inputs), torch.float16, device)
     weights = draw(rng, (outputs, inputs), torch.float16, device)
     check(x, weights, tile=VECTOR if tokens == 1 else TILE)
@@ -108,7 +108,7 @@ def test_tiles_may_be_cut_off(device: str, tokens: int, outputs: int, inputs: in
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_adds_to_the_residual_in_place(device: str, tokens: int) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     buffer = draw(rng, (tokens, 80), torch.bfloat16, device)
     stream, outside = buffer[:, :40], buffer[:, 40:].clone()
     x, weights = (draw(rng, shape, torch.bfloat16, device) for shape in [(tokens, 96), (40, 96)])
@@ -121,7 +121,7 @@ def test_adds_to_the_residual_in_place(device: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_logits_are_not_rounded(device: str, tokens: int) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weights = (draw(rng, shape, torch.bfloat16, device) for shape in [(tokens, 300), (90, 300)])
     exact = compute_exactly(x, weights, PLAIN)
     for multiply in (product, product_exact, product_many):
@@ -131,7 +131,7 @@ def test_logits_are_not_rounded(device: str, tokens: int) -> None:
 
 
 def test_launches_that_overlap_compute_the_same(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     layers, width = 6, 256
     weights = [
         [DenseMatrix(draw(rng, shape, torch.float16, device) / 16) for shape in shapes]
@@ -154,7 +154,7 @@ def test_launches_that_overlap_compute_the_same(device: str) -> None:
 
 def test_a_large_residual_stream_is_normed_in_full(device: str) -> None:
     """Several large values of random size: one alone would be normed to the root of the width."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for tokens in (1, 16):
         x = draw(rng, (tokens, 320), torch.float16, device)
         x[:, [7, 9, 100]] = torch.from_numpy(rng.uniform(2000, 6000, (tokens, 3))).to(x)
@@ -165,7 +165,7 @@ def test_a_large_residual_stream_is_normed_in_full(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_exact_product_is_as_exact_as_plain(device: str, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weights, bias = (draw(rng, s, dtype, device) for s in [(150, 200), (140, 200), (140,)])
     out = poison((150, 140), dtype, device)
     product_exact(out, x, DenseMatrix(weights), bias)
@@ -176,7 +176,7 @@ def test_the_exact_product_is_as_exact_as_plain(device: str, dtype: torch.dtype)
 
 
 def test_exact_bits_depend_neither_on_the_company_nor_on_the_place(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weights = (draw(rng, s, torch.float16, device) for s in [(300, 328), (200, 328)])
     matrix = DenseMatrix(weights)
     together = poison((300, 200), torch.float32, device)
@@ -190,7 +190,7 @@ def test_exact_bits_depend_neither_on_the_company_nor_on_the_place(device: str) 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_library_multiplies_many(device: str, dtype: torch.dtype, has_bias: bool) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weights, bias = (draw(rng, s, dtype, device) for s in [(90, 64), (50, 64), (50,)])
     fused = Fused(bias=bias if has_bias else None)
     exact = compute_exactly(x, weights, fused)

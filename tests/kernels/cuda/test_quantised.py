@@ -88,7 +88,7 @@ def check(out: Tensor, x: Tensor, matrix: QuantMatrix, fused: Fused = PLAIN) -> 
 
 
 def make_inputs(tokens: int, inputs: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random activations, fresh in every run, with a few that are much larger than the others."""
+    """Random activations, with a few that are much larger than the others."""
     x = torch.randn(tokens, inputs)
     x[:, ::97] *= 20
     return x.to(device, dtype)
@@ -102,7 +102,7 @@ def poison(tokens: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
 @pytest.mark.parametrize("fmt", STORED, ids=lambda fmt: fmt.value)
 def test_repacking_keeps_every_weight(fmt: Format, device: str) -> None:
     shape = (5, 768)
-    data = make_stored(fmt, shape, np.random.default_rng())
+    data = make_stored(fmt, shape, np.random.default_rng(torch.initial_seed()))
     matrix = repack.repack(fmt, data, shape, torch.device(device), torch.float16)
     assert isinstance(matrix, QuantMatrix)
     true = torch.from_numpy(dequantise(fmt, data, shape)).to(device)
@@ -130,7 +130,7 @@ def test_repacking_in_chunks_is_repacking_at_once(
 
 @pytest.mark.parametrize("fmt", [Format.F32, Format.F16, Format.BF16], ids=lambda fmt: fmt.value)
 def test_floats_become_a_dense_matrix(fmt: Format, device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     data = rng.normal(0, 1, 6 * 40).astype(np.float32).view(np.uint8)
     data = data[: fmt.get_bytes(6 * 40)] if fmt is not Format.BF16 else data.reshape(-1, 4)[:, 2:]
     data = np.ascontiguousarray(data).reshape(-1)
@@ -176,7 +176,7 @@ def test_products_with_minimums_and_narrow_groups(
     fmt: Format, dtype: torch.dtype, device: str
 ) -> None:
     shape = (40, 512)
-    data = make_stored(fmt, shape, np.random.default_rng())
+    data = make_stored(fmt, shape, np.random.default_rng(torch.initial_seed()))
     matrix = repack.repack(fmt, data, shape, torch.device(device), dtype)
     assert isinstance(matrix, QuantMatrix)
     x, out = make_inputs(3, 512, dtype, device), poison(3, 40, dtype, device)
@@ -204,13 +204,20 @@ def test_what_is_fused_is_computed(tokens: int, gate: str, parts: int, device: s
         eps=1e-5,
         bias=torch.randn(96, device=device).to(dtype),
         gate=gate,
-        residual=torch.randn(tokens, width, device=device).to(dtype),
     )
-    x, out = make_inputs(tokens, 512, dtype, device), poison(tokens, width, dtype, device)
     work = quantised.make_workspace(torch.device(device))
-    config = choose_few(tokens, matrix, False)
-    quantised.product(out, x, matrix, fused, work, replace(config, parts=parts))
-    check(out, x, matrix, fused)
+    config = replace(choose_few(tokens, matrix, False), parts=parts)
+    # A gate makes one output far larger than the others, so the largest error is that of one
+    # rounding: PyTorch's must be taken over several rows too.
+    calls = max(1, 8 // tokens)
+    x = make_inputs(calls * tokens, 512, dtype, device)
+    residual = torch.randn(calls * tokens, width, device=device).to(dtype)
+    out = poison(calls * tokens, width, dtype, device)
+    for first in range(0, calls * tokens, tokens):
+        rows = slice(first, first + tokens)
+        part = replace(fused, residual=residual[rows])
+        quantised.product(out[rows], x[rows], matrix, part, work, config)
+    check(out, x, matrix, replace(fused, residual=residual))
     assert not work.counters.any()
 
 
@@ -299,7 +306,7 @@ def test_rows_written_out_are_the_weights_rounded_once(
     fmt: Format, dtype: torch.dtype, device: str
 ) -> None:
     shape = (70, 256)
-    data = make_stored(fmt, shape, np.random.default_rng())
+    data = make_stored(fmt, shape, np.random.default_rng(torch.initial_seed()))
     matrix = repack.repack(fmt, data, shape, torch.device(device), dtype)
     assert isinstance(matrix, QuantMatrix)
     out = poison(60, 256, dtype, device)
@@ -310,7 +317,7 @@ def test_rows_written_out_are_the_weights_rounded_once(
 @pytest.mark.parametrize("fmt", [Format.Q4_0, Format.Q4_K, Format.Q6_K], ids=lambda fmt: fmt.value)
 def test_embedding_takes_rows(fmt: Format, device: str) -> None:
     shape = (50, 1280)
-    data = make_stored(fmt, shape, np.random.default_rng())
+    data = make_stored(fmt, shape, np.random.default_rng(torch.initial_seed()))
     matrix = repack.repack(fmt, data, shape, torch.device(device), torch.float16)
     assert isinstance(matrix, QuantMatrix)
     tokens = torch.tensor([49, 0, 7, 7], dtype=torch.int32, device=device)
@@ -355,7 +362,7 @@ def test_stacking_keeps_the_weights(formats: tuple[Format, ...], device: str) ->
     shape = (6, 512)
     matrices = []
     for fmt in formats:
-        data = make_stored(fmt, shape, np.random.default_rng())
+        data = make_stored(fmt, shape, np.random.default_rng(torch.initial_seed()))
         matrices.append(repack.repack(fmt, data, shape, torch.device(device), torch.float16))
     stacked = repack.stack(matrices)
     assert isinstance(stacked, QuantMatrix)

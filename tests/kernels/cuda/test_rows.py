@@ -24,7 +24,7 @@ def norm_plainly(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_norms_as_the_reference_does(
     device: str, dtype: torch.dtype, width: int, group: int
 ) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weight = draw(rng, (5, width), dtype, device) * 8, draw(rng, (group,), dtype, device)
     out = poison(x.shape, dtype, device)
     rows.rms_norm(out, x, weight, EPS)
@@ -33,7 +33,7 @@ def test_norms_as_the_reference_does(
 
 
 def test_norms_in_place_and_over_rows_that_lie_apart(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     buffer = draw(rng, (3, 96), torch.float16, device)
     weight = draw(rng, (32,), torch.float16, device)
     x = buffer[:, 16:80]
@@ -48,7 +48,7 @@ def test_norms_in_place_and_over_rows_that_lie_apart(device: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("alias", [False, True])
 def test_norms_the_sum_as_it_was_rounded(device: str, dtype: torch.dtype, alias: bool) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     width = 1200
     x, y = (draw(rng, (4, width), dtype, device) for _ in range(2))
     weight = draw(rng, (width,), dtype, device)
@@ -64,7 +64,7 @@ def test_norms_the_sum_as_it_was_rounded(device: str, dtype: torch.dtype, alias:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_adds_in_place(device: str, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, y = (draw(rng, (3, 2500), dtype, device) for _ in range(2))
     expected = x + y
     rows.add(x, x, y)
@@ -74,7 +74,7 @@ def test_adds_in_place(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("activation", rows.ACTIVATIONS)
 def test_gates_also_extreme_values(device: str, dtype: torch.dtype, activation: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     width = 2100
     gate_up = draw(rng, (2, 2 * width), dtype, device)
     gate_up[0, :6] = torch.tensor([-1e4, -100, -30, 30, 100, 200], dtype=dtype)
@@ -91,7 +91,7 @@ def test_gates_also_extreme_values(device: str, dtype: torch.dtype, activation: 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_embeds_scaled_rows(device: str, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     table = draw(rng, (50, 2100), dtype, device)
     tokens = torch.from_numpy(rng.integers(0, 50, 4).astype(np.int32)).to(device)
     out = poison((4, 2100), dtype, device)
@@ -102,7 +102,7 @@ def test_embeds_scaled_rows(device: str, dtype: torch.dtype) -> None:
 
 
 def test_takes_rows(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x = draw(rng, (9, 70), torch.bfloat16, device)
     index = torch.tensor([8, 0, 8], dtype=torch.int32, device=device)
     out = poison((3, 70), torch.bfloat16, device)
@@ -111,7 +111,7 @@ def test_takes_rows(device: str) -> None:
 
 
 def test_gathers_only_tokens_with_a_source(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     count = 2050
     tokens = torch.from_numpy(rng.integers(0, 99, count).astype(np.int32)).to(device)
     sources = torch.from_numpy(rng.integers(-1, 7, count).astype(np.int32)).to(device)
@@ -122,7 +122,7 @@ def test_gathers_only_tokens_with_a_source(device: str) -> None:
 
 
 def test_rows_do_not_depend_on_each_other(device: str) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     x, weight = (draw(rng, shape, torch.float16, device) for shape in [(6, 700), (700,)])
     together, alone = poison((6, 700), torch.float16, device), poison((1, 700), x.dtype, device)
     rows.rms_norm(together, x, weight, EPS)
