@@ -165,7 +165,8 @@ class StepBuilder:
         """Tokens to verify behind the next one of `sequence`, where free blocks are plenty."""
         drafter, known = self._policies.drafter, len(sequence.tokens)
         spare = self._roster.allocator.num_free - len(self._roster.running)
-        if drafter is None or spare < 1 or sequence.group.unborn:
+        masked = sequence.group.request.sampling.grammar != ""  # for one position, not for drafts
+        if drafter is None or spare < 1 or sequence.group.unborn or masked:
             return ()
         most = min(
             self._tokens_left - 1,

@@ -33,7 +33,8 @@ class TokenLogprob:
 class SamplingSpec:
     """How the next token is drawn from logits; every field is data, so a replay draws the same.
 
-    Applied in this order: penalties and bias on the logits, temperature, top-k, top-p, min-p.
+    Applied in this order: penalties and bias on the logits, the grammar's mask, temperature, top-k,
+    top-p, min-p.
     temperature: 0 means greedy. top_k: 0 means off. top_p, min_p: 1.0 and 0.0 mean off.
     repetition_penalty: 1.0 means off (Keskar et al. 2019, §4.1); over prompt and output.
     presence_penalty, frequency_penalty: 0.0 means off; over the output only.
@@ -41,6 +42,7 @@ class SamplingSpec:
     logit_bias: (token, addend) pairs in ascending token order.
     logprobs: None for none, else how many of the most likely tokens to report beside the chosen
     one. They are of the model's own distribution, before any of the above.
+    grammar: empty, or what the output must match, as text/grammar.py writes it.
     """
 
     temperature: float = 0.0
@@ -53,10 +55,16 @@ class SamplingSpec:
     seed: int = 0
     logit_bias: tuple[tuple[Token, float], ...] = ()
     logprobs: int | None = None
+    grammar: str = ""
 
     @property
     def needs_history(self) -> bool:
-        """True when the draw depends on the tokens so far."""
+        """True when the draw depends on the tokens so far, or on a mask made from them."""
+        return self.has_penalties or self.grammar != ""
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when logits are changed by which tokens occurred so far."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0

@@ -23,6 +23,9 @@ class Row:
     prompt, given only when sampling needs them. `drafts` is the number of trailing `tokens` that
     are drafted and to be verified. `scored` is empty, or the known next token of each of the
     row's positions that has one, whose log-probabilities are wanted with `scored_top` alternatives.
+    `mask` is empty, or says which tokens the row may draw at its one sampled position: token t when
+    bit t % 8 of byte t // 8 is set, and none beyond its bytes. It is filled in by the engine, not
+    by the scheduler, for a row whose sampling has a grammar; such a row has no drafts.
 
     With `plans_ahead`, `tokens` may be (PENDING,): the one token that the same sequence's row in
     plan `step` - 1 draws, which has neither drafts nor iterations and may still be running.
@@ -38,6 +41,7 @@ class Row:
     drafts: int = 0
     scored: tuple[Token, ...] = ()
     scored_top: int = 0
+    mask: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
