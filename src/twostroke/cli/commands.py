@@ -81,11 +81,13 @@ def calibrate(model: ModelOption, on: MachineOptions) -> None:
     run_calibrate(model.model, on)
 
 
-def serve(model: ModelOption, serving: ServeOptions, on: MachineOptions) -> None:
+def serve(
+    model: ModelOption, serving: ServeOptions, scheduling: SchedulingOptions, on: MachineOptions
+) -> None:
     """Serve a model over an OpenAI-compatible API."""
     from twostroke.cli.serve import run_serve
 
-    run_serve(model.model, serving, on)
+    run_serve(model.model, serving, scheduling, on)
 
 
 def simulate(
@@ -107,7 +109,7 @@ COMMANDS = {
     "chat": Command(chat, (ModelOption, SamplingOptions, MachineOptions)),
     "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
-    "serve": Command(serve, (ModelOption, ServeOptions, MachineOptions)),
+    "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
     "simulate": Command(
         simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)
     ),

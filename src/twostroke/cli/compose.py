@@ -12,12 +12,13 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
 from twostroke.cli.loading import LoadingLine
 from twostroke.cli.machine import read_machine
+from twostroke.cli.scheduling import build_scheduling
 from twostroke.cli.settings import (
     EngineSettings,
     LLMOptions,
@@ -26,8 +27,6 @@ from twostroke.cli.settings import (
     settle_pool,
 )
 from twostroke.core.ports import Executor
-from twostroke.core.scheduler import Scheduler
-from twostroke.core.types import SchedulerConfig
 from twostroke.engine.clock import MonotonicClock
 from twostroke.engine.llm import OfflineLLM, OnProgress, Params
 from twostroke.engine.loop import LoopPolicy
@@ -79,24 +78,18 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         tokenizer = build_tokenizer(model.vocabulary)
         template = find_chat_template(model, tokenizer) if wanted.has_chat else None
         executor, settings = building.result()
-        config = SchedulerConfig(
-            num_blocks=settings.num_blocks,
-            block_tokens=settings.block_tokens,
-            step_tokens=settings.step_tokens,
-            max_rows=settings.max_rows,
-            context_tokens=spec.context_tokens,
-            vocab_size=spec.vocab_size,
-            plans_ahead=settings.is_on_gpu,
-        )
+        scheduling = build_scheduling(wanted, settings, spec)
+        settings = replace(settings, choices=(*settings.choices, *scheduling.choices))
         parts = EngineParts(
             spec=spec,
             tokenizer=tokenizer,
             chat_template=template,
-            scheduler=Scheduler(config),
+            scheduler=scheduling.scheduler,
             executor=executor,
             clock=MonotonicClock(),
             model_name=get_model_name(wanted.model),
             policy=GPU_POLICY if settings.is_on_gpu else LoopPolicy(),
+            ttft_ns=scheduling.ttft_ns,
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)
@@ -112,6 +105,7 @@ def _build(model: OpenModel, settings: ResolvedSettings) -> tuple[Executor, Reso
         block_tokens=settings.block_tokens,
         max_step_tokens=settings.step_tokens,
         kv_element=settings.kv_element,
+        host_blocks=settings.host_blocks,
     )
     packed = get_cache_dir() / "packed"
     return build_executor(model, settings.backend, sizes, packed), settings
@@ -175,7 +169,11 @@ class LLM:
         CPU, "cpu" or "reference". kv: how keys and values are stored, "f16", "int8" or "f32", on a
         GPU also "bf16" or "fp8". weights: on a GPU, "int8" or "int4" makes weights of floats
         smaller. kv_memory: bytes of the KV pool, or text such as "512MiB". step_tokens: token
-        budget of one step. max_rows: most sequences in one step. Raises what `build_engine` does.
+        budget of one step. max_rows: most sequences in one step. policy: who goes first, one of
+        "first-come", "priority", "shortest", "fair", "deadline". pace: how much of the prompts a
+        step takes, "fixed", "load", "target" or "static". ttft_target_ms, itl_target_ms: longest
+        times to the first token and between tokens. drafts: guess tokens by prompt lookup.
+        host_memory: beside the pool, for preempted sequences. Raises what `build_engine` does.
         """
         self._start(EngineSettings(model=str(model), **options))
 

@@ -195,6 +195,19 @@ class ServeOptions:
     step_tokens: int | None = field(
         default=None, metadata=show("Token budget of one step.", default="512; on a GPU 2048")
     )
+    drafts: bool = field(
+        default=False,
+        metadata=show(
+            "Guess tokens from the text so far and verify them: the same answers.", "--drafts"
+        ),
+    )
+    host_memory: str | None = field(
+        default=None,
+        metadata=show(
+            "Memory beside the KV pool for preempted sequences, such as 1GiB.",
+            default="none: they are computed again",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,12 @@ from twostroke.engine.async_llm import AsyncLLM
 from twostroke.server.serve import ServeOptions, run
 
 
-def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOptions) -> None:
+def run_serve(
+    model: str,
+    serving: options.ServeOptions,
+    scheduling: options.SchedulingOptions,
+    on: options.MachineOptions,
+) -> None:
     """Serve until told to stop. Raises TwostrokeError."""
     built = build_engine(
         EngineSettings(
@@ -21,6 +26,12 @@ def run_serve(model: str, serving: options.ServeOptions, on: options.MachineOpti
             kv_memory=serving.kv_memory,
             step_tokens=serving.step_tokens,
             max_rows=serving.max_rows,
+            policy=scheduling.policy,
+            pace=scheduling.pace,
+            ttft_target_ms=scheduling.ttft_target_ms,
+            itl_target_ms=scheduling.itl_target_ms,
+            drafts=serving.drafts,
+            host_memory=serving.host_memory,
         )
     )
     # Before anybody waits: later it would hold up everything that is being streamed.

@@ -50,7 +50,10 @@ class EngineSettings:
     "reference", both of the CPU. exact: on a GPU, a request's tokens do not depend on the others;
     on the CPU they never do. kv: how keys and values are stored, one of KV_ELEMENTS. kv_memory:
     bytes, or text such as "512MiB". weights: "int8" or "int4" makes weights of floats so small on a
-    GPU. step_tokens: token budget of one step. max_rows: most sequences in one step. has_chat:
+    GPU. step_tokens: token budget of one step. max_rows: most sequences in one step. policy, pace:
+    who goes first, and how much of the prompts a step takes (policies/names.py). ttft_target_ms,
+    itl_target_ms: longest times to the first token and between tokens. drafts: guess tokens by
+    prompt lookup. host_memory: bytes or text, beside the pool, for preempted sequences. has_chat:
     False leaves the chat template alone, for those who send plain prompts only.
     """
 
@@ -64,6 +67,12 @@ class EngineSettings:
     weights: str | None = None
     step_tokens: int | None = None
     max_rows: int | None = None
+    policy: str = "first-come"
+    pace: str | None = None
+    ttft_target_ms: float | None = None
+    itl_target_ms: float | None = None
+    drafts: bool | None = None
+    host_memory: int | str | None = None
     has_chat: bool = True
 
 
@@ -84,6 +93,12 @@ class LLMOptions(MachineSettings, total=False):
     kv_memory: int | str | None
     step_tokens: int | None
     max_rows: int | None
+    policy: str
+    pace: str | None
+    ttft_target_ms: float | None
+    itl_target_ms: float | None
+    drafts: bool | None
+    host_memory: int | str | None
 
 
 def keep_on_cpu(on: MachineOptions) -> MachineOptions:
@@ -122,7 +137,8 @@ class ResolvedSettings:
 
     device: "cpu" or "cuda:n". backend: one of BACKENDS, or "cuda". threads: 0 on a GPU. weights: ""
     where they stay as stored. kv_bytes: the pool's size. On a GPU num_blocks and kv_bytes are 0
-    until `settle_pool`; asked_kv_bytes is the size that was asked for, if any.
+    until `settle_pool`; asked_kv_bytes is the size that was asked for, if any. host_bytes: memory
+    beside the pool for preempted sequences.
     """
 
     device: str
@@ -137,12 +153,18 @@ class ResolvedSettings:
     max_rows: int
     kv_bytes: int
     asked_kv_bytes: int | None
+    host_bytes: int
     choices: tuple[Choice, ...]
 
     @property
     def is_on_gpu(self) -> bool:
         """True where the engine runs on a GPU."""
         return self.backend == "cuda"
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks that host memory holds."""
+        return self.host_bytes * self.num_blocks // self.kv_bytes if self.kv_bytes else 0
 
 
 def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) -> ResolvedSettings:
@@ -168,7 +190,8 @@ def resolve_settings(wanted: EngineSettings, spec: ModelSpec, machine: Machine) 
         step_tokens=budget,
         max_rows=rows,
         kv_bytes=0,
-        asked_kv_bytes=_read_kv_memory(wanted),
+        asked_kv_bytes=_read_bytes("kv_memory", wanted.kv_memory),
+        host_bytes=_read_bytes("host_memory", wanted.host_memory) or 0,
         choices=(
             *placed,
             Choice("KV element", element.value, element_reason),
@@ -209,14 +232,14 @@ def settle_pool(
     )
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, parameter: str = "kv_memory") -> int:
     """Bytes of a size such as "300000000", "512MiB" or "1.5G"; units are powers of 1024.
 
-    Raises InvalidParameter.
+    Raises InvalidParameter, for the parameter named.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InvalidParameter("kv_memory", f"must be a size such as 512MiB or 2GiB, not {text!r}")
+        raise InvalidParameter(parameter, f"must be a size such as 512MiB or 2GiB, not {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -254,9 +277,11 @@ def _pick_device(wanted: EngineSettings, machine: Machine) -> tuple[str, str, li
     return device, "cuda", choices
 
 
-def _read_kv_memory(wanted: EngineSettings) -> int | None:
-    asked = wanted.kv_memory
-    return parse_bytes(asked) if isinstance(asked, str) else asked
+def _read_bytes(parameter: str, asked: int | str | None) -> int | None:
+    count = parse_bytes(asked, parameter) if isinstance(asked, str) else asked
+    if count is not None and count < 0:
+        raise InvalidParameter(parameter, f"must not be negative, like {count:,}")
+    return count
 
 
 def _get_block_bytes(settings: ResolvedSettings, spec: ModelSpec) -> int:

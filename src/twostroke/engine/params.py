@@ -106,11 +106,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a model adds to a request: its end tokens, vocabulary size and context in tokens."""
+    """What an engine adds to a request: the model's end tokens, vocabulary size and context in
+    tokens, and the target for a first token, 0 for none."""
 
     stop_ids: frozenset[int]
     vocab_size: int
     context_tokens: int
+    ttft_ns: int = 0
 
 
 def to_request(
@@ -144,6 +146,7 @@ def to_request(
         min_new_tokens=params.min_tokens,
         prompt_logprobs=params.prompt_logprobs,
         priority=priority,
+        ttft_ns=limits.ttft_ns,
     )
 
 

@@ -40,7 +40,10 @@ Submitted = Future[Sequence[RequestState]]
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What the composition root puts together to make an engine."""
+    """What the composition root puts together to make an engine.
+
+    ttft_ns: target for the first token of every request; 0 for none.
+    """
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -50,6 +53,7 @@ class EngineParts:
     clock: Clock
     model_name: str
     policy: LoopPolicy = field(default_factory=LoopPolicy)
+    ttft_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,7 @@ class EngineService:
             stop_ids=parts.tokenizer.stop_ids,
             vocab_size=parts.scheduler.config.vocab_size,
             context_tokens=parts.scheduler.config.context_tokens,
+            ttft_ns=parts.ttft_ns,
         )
         self._thread.start(self._work)
 
