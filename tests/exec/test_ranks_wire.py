@@ -52,6 +52,7 @@ OUTCOME = StepOutcome(
     (RowResult(SequenceId("a", 1), (3, 4), 1, (LOGPROB,), (LOGPROB, LOGPROB)),),
     123,
     (60, 63),
+    (1, 2, 3, 4, 5, 6, 7, 80, 15),
 )
 MESSAGES: list[Message] = [PLAN, OUTCOME, StepLost(3, "why"), WriteKv(b"\0\1" * 999, (1, 2)), PLAN]
 

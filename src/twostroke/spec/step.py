@@ -10,6 +10,14 @@ from dataclasses import dataclass
 
 from twostroke.spec.request import SamplingSpec, SequenceId, Token, TokenLogprob
 
+# Where an executor's time of a step goes, in order. arrays: the plan made into them. elementwise:
+# embedding, norms, rotations, sums, quantised activations. projections, attention, ffn, head: as in
+# work.PARTS. sampling: draws. launch: the rest of the arithmetic's call, as checks and waking
+# threads. results: the answer built.
+STEP_PARTS = (
+    *("arrays", "elementwise", "projections", "attention", "ffn", "head", "sampling", "launch"),
+    "results",
+)
 PENDING: Token = -1  # in a row's tokens: what its sequence draws in the step before
 
 
@@ -64,10 +72,12 @@ class RowResult:
 class StepOutcome:
     """The answer to a StepPlan: one result per row, in order, and the measured time.
 
-    iteration_ns: when there were several iterations, the time of each that was made.
+    iteration_ns: when there were several iterations, the time of each that was made. part_ns: the
+    step's time divided into STEP_PARTS, which sum to duration_ns; empty where nobody measured them.
     """
 
     step: int
     results: tuple[RowResult, ...]
     duration_ns: int
     iteration_ns: tuple[int, ...] = ()
+    part_ns: tuple[int, ...] = ()
