@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from places import SHARED
 from twostroke.bench.fit_roofline import judge, read_steps
-from twostroke.plan.step_time import CAPTURED, EAGER
+from twostroke.plan.roofline_cost import CAPTURED, EAGER
 
 FOLDER = SHARED / "measurements"
 

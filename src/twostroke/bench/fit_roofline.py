@@ -1,4 +1,4 @@
-"""Fits the overheads of `plan/step_time.py` to published measurements, and says how well they hold.
+"""Fits the overheads of `plan/roofline_cost.py` to published measurements; says how well they hold.
 
     python -m twostroke.bench.fit_roofline FOLDER
 
@@ -21,7 +21,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from twostroke.plan.step_time import EAGER, Overheads, RooflineCost
+from twostroke.plan.roofline_cost import EAGER, Overheads, RooflineCost
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.device import DeviceSpec, get_known_device
 from twostroke.spec.work import StepTotals, get_model_work

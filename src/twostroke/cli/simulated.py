@@ -18,7 +18,7 @@ from twostroke.cli.settings import Choice, format_bytes, parse_bytes
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.errors import InvalidParameter
-from twostroke.plan.step_time import CAPTURED, EAGER, OURS, Overheads, RooflineCost
+from twostroke.plan.roofline_cost import CAPTURED, EAGER, OURS, Overheads, RooflineCost
 from twostroke.policies.names import ORDERS, PACES, PolicyChoice, build_policies
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import ROUTERS

@@ -1,7 +1,7 @@
 """StepCost: how long steps and copies take, as a scheduler, planner or simulator asks for it.
 
 Owns the questions and no answer: a roofline over a DeviceSpec and a fit to measured steps both
-fill this protocol (`plan/step_time.py`), and tests have a fake. An answer depends on its arguments
+fill this protocol (`plan/`), and tests have a fake. An answer depends on its arguments
 alone: no clock, no state, the same integers in every process.
 """
 
