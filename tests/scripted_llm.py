@@ -17,6 +17,7 @@ from twostroke.core.types import Ending, Failed, Finished, TokenLogprob
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
 from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
+from twostroke.engine.service import NOBODY, EngineLoad, Sender
 from twostroke.errors import (
     EngineClosed,
     InvalidParameter,
@@ -101,6 +102,10 @@ class ScriptedStream:
             raise StopAsyncIteration
         return delta
 
+    @property
+    def closed_reason(self) -> str | None:
+        return "the engine was closed" if self._engine.closed_times else None
+
     def cancel(self) -> None:
         self._engine.live.discard(self.request_id)
 
@@ -129,6 +134,8 @@ class ScriptedLLM:
         self.dead: str | None = None
         self.cached_tokens = 0
         self.seen: list[tuple[Any, SamplingParams, int]] = []
+        self.senders: list[Sender] = []
+        self.waiting = 0  # what `load` says of others
         self.rendered: list[list[dict[str, Any]]] = []
         self.metrics = EngineMetrics()
 
@@ -140,6 +147,7 @@ class ScriptedLLM:
         request_id: str | None = None,
         priority: int = 0,
         add_special: bool = True,
+        sender: Sender = NOBODY,
     ) -> ScriptedStream:
         if self.dead:
             raise EngineClosed(self.dead)
@@ -161,6 +169,7 @@ class ScriptedLLM:
         assert request_id is not None
         assert request_id not in self.live
         self.live.add(request_id)
+        self.senders.append(sender)
         self.seen.append((prompt, params, priority))
         stream = ScriptedStream(self, request_id, self._play(tuple(tokens), params))
         stream.prompt_tokens = tuple(tokens)
@@ -197,6 +206,9 @@ class ScriptedLLM:
     def stats(self) -> EngineStats:
         self.metrics.set_gauges(Gauges(running=len(self.live), kv_blocks_total=8))
         return self.metrics.get_stats()
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(self.waiting, len(self.live), self.metrics.num_ended)
 
     def health(self) -> ScriptedHealth:
         return ScriptedHealth(self.dead is None, self.dead, len(self.live))

@@ -16,6 +16,8 @@ maps this tree to status codes in one place (`server/errors.py`); nothing here k
     ├── TemplateError           a chat template is missing, does not parse, or refuses the messages
     ├── EngineError
     │   ├── EngineClosed        the engine was shut down; the request was not accepted
+    │   ├── Overloaded          more was asked than a limit allows now; says when to ask again
+    │   ├── SlowReader          a client did not take its output, so its request was ended
     │   ├── ExecutorLost        an executor died or answered out of protocol; carries why
     │   └── RequestFailed       a request ended Failed; carries the reason
     └── DeviceError             the device asked for is unknown or not usable here, with what is
@@ -81,6 +83,22 @@ class EngineError(TwostrokeError):
 
 class EngineClosed(EngineError):
     """The engine has been shut down."""
+
+
+class Overloaded(EngineError):
+    """More was asked for than a limit allows at this moment.
+
+    `limit` names it, for metrics and the `code` of an error; `retry_after_s` is when to ask again.
+    """
+
+    def __init__(self, limit: str, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class SlowReader(EngineError):
+    """A client did not take its output in time, so its request was ended."""
 
 
 class ExecutorLost(EngineError):

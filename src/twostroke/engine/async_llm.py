@@ -20,11 +20,14 @@ from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.request import RequestState
 from twostroke.engine.service import (
+    NOBODY,
     EngineHealth,
+    EngineLoad,
     EngineParts,
     EngineService,
     Message,
     Prompt,
+    Sender,
     Tool,
     cancel_submitted,
 )
@@ -161,6 +164,11 @@ class RequestStream:
         """The timings so far."""
         return self._state.timings
 
+    @property
+    def closed_reason(self) -> str | None:
+        """Why the engine accepts nothing any more, or None; its live requests end Failed."""
+        return self._service.closed_reason
+
     def cancel(self) -> None:
         """End the request soon; its deltas still come, the last of them Cancelled."""
         self._service.cancel([self._state])
@@ -230,11 +238,13 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         add_special: bool = True,
+        sender: Sender = NOBODY,
     ) -> RequestStream:
         """Check and queue one request; it runs from here on, whether its stream is read or not.
 
         prompt: text or token ids. request_id: fresh when not given. priority: smaller runs first.
         add_special: False for a text from `render_chat`, which has its special tokens already.
+        sender: whose share of the engine it takes, and whose cached prefixes it may reuse.
         Raises InvalidRequest, InvalidParameter, PromptTooLong or EngineClosed.
         """
         service = self._service
@@ -245,7 +255,7 @@ class AsyncLLM:
 
         def prepare() -> RequestState:
             tokens = service.encode(prompt, add_special=add_special)
-            request = service.make_request(own, fresh_id, tokens, priority)
+            request = service.make_request(own, fresh_id, tokens, priority, sender)
             return service.make_state(request, own, sink)
 
         state = await asyncio.to_thread(prepare) if _has_much_text(prompt, own) else prepare()
@@ -275,6 +285,10 @@ class AsyncLLM:
     def stats(self) -> EngineStats:
         """Counters and histograms so far; never waits for the engine."""
         return self._service.get_stats()
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is now; cheap enough to ask before every request."""
+        return self._service.get_load()
 
     def health(self) -> EngineHealth:
         """Whether the engine works; never waits for it."""

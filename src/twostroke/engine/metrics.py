@@ -135,6 +135,12 @@ class EngineMetrics:
         self._decode = Histogram(_LONG_SECONDS)
         self._e2e = Histogram(_LONG_SECONDS)
 
+    @property
+    def num_ended(self) -> int:
+        """Accepted requests that have ended."""
+        with self._lock:
+            return sum(self._ended.values())
+
     def record_accepted(self) -> None:
         """One request was submitted and accepted."""
         with self._lock:

@@ -12,7 +12,7 @@ import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,27 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 Submitted = Future[Sequence[RequestState]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sends a request. tenant: whose share it counts for. cache_scope: KV of its prompt is
+    reused only by requests of the same scope."""
+
+    tenant: str = ""
+    cache_scope: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is: continuations that wait and run now, requests ended so far."""
+
+    waiting: int
+    running: int
+    ended: int
+
+
+NOBODY = Sender()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +197,12 @@ class EngineService:
         return check_tokens(tokens, self._limits.vocab_size)
 
     def make_request(
-        self, params: SamplingParams, request_id: str, tokens: tuple[int, ...], priority: int = 0
+        self,
+        params: SamplingParams,
+        request_id: str,
+        tokens: tuple[int, ...],
+        priority: int = 0,
+        sender: Sender = NOBODY,
     ) -> Request:
         """The scheduler's request, with a fresh seed where none was given.
 
@@ -192,7 +218,7 @@ class EngineService:
             raise InvalidParameter(
                 "priority", f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
             )
-        return to_request(
+        request = to_request(
             params,
             request_id,
             tokens,
@@ -200,6 +226,9 @@ class EngineService:
             limits=self._limits,
             priority=priority,
         )
+        if sender == NOBODY:
+            return request
+        return replace(request, tenant=sender.tenant, cache_scope=sender.cache_scope)
 
     def make_state(
         self, request: Request, params: SamplingParams, sink: Sink, *, in_one: bool = False
@@ -246,6 +275,17 @@ class EngineService:
         """Counters and histograms so far."""
         self._work.record_gauges()
         return self._metrics.get_stats()
+
+    @property
+    def closed_reason(self) -> str | None:
+        """Why nothing is accepted any more, or None."""
+        return self._thread.closed_reason or self._loop.closed_reason
+
+    def get_load(self) -> EngineLoad:
+        """How busy the engine is; reads three counts, so it may be asked for every request."""
+        scheduler = self.parts.scheduler
+        ended = self._metrics.num_ended
+        return EngineLoad(scheduler.num_waiting, scheduler.num_running, ended)
 
     def get_health(self) -> EngineHealth:
         """Whether the engine works; reads only, so it answers even when the engine hangs."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -32,6 +33,7 @@ from twostroke.server.generation import submit
 from twostroke.server.metrics import CONTENT_TYPE, EngineCollector, render_metrics
 from twostroke.server.schemas import parse_chat_request, parse_completion_request
 from twostroke.server.settings import Served, ServerSettings, describe_served
+from twostroke.server.timings import build_last_fields, build_timings
 
 if TYPE_CHECKING:
     from twostroke.engine.async_llm import AsyncLLM
@@ -82,9 +84,13 @@ class _Api:
         if parsed.common.stream:
             include_usage = parsed.common.include_usage
             writer = CompletionWriter(head, choices, include_usage)
-            return EventStream(generation, writer, include_usage)
+            get_last = partial(build_last_fields, parsed.common, generation)
+            return EventStream(generation, writer, get_last)
         outputs = await run_while_connected(request.receive, generation.collect())
-        return _reply(build_completion_reply(head, generation, outputs, choices))
+        reply = build_completion_reply(head, generation, outputs, choices)
+        if parsed.common.timings:
+            reply["timings"] = build_timings(generation)
+        return _reply(reply)
 
     async def chat(self, request: Request) -> Response:
         body = await read_json_object(request, self._served.settings.max_body_bytes)
@@ -102,9 +108,13 @@ class _Api:
         if parsed.common.stream:
             include_usage = parsed.common.include_usage
             writer = ChatWriter(head, get_bytes, include_usage)
-            return EventStream(generation, writer, include_usage)
+            get_last = partial(build_last_fields, parsed.common, generation)
+            return EventStream(generation, writer, get_last)
         outputs = await run_while_connected(request.receive, generation.collect())
-        return _reply(build_chat_reply(head, generation, outputs, get_bytes))
+        reply = build_chat_reply(head, generation, outputs, get_bytes)
+        if parsed.common.timings:
+            reply["timings"] = build_timings(generation)
+        return _reply(reply)
 
     async def check_health(self) -> Response:
         health = self._served.engine.health()

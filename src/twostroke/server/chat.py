@@ -90,9 +90,9 @@ class ChatWriter:
             events += self._write(choice, "{}", finish=dump(reason))
         return events
 
-    def write_usage(self, usage: dict[str, Any]) -> str:
-        """The event with the token counts."""
-        return self._frame.frame_usage(usage)
+    def write_last(self, fields: dict[str, Any]) -> str:
+        """The event that has no choice, with these fields."""
+        return self._frame.frame_last(fields)
 
     def _write(self, choice: int, delta: str, logprobs: str = "null", finish: str = "null") -> str:
         return self._frame.frame_choice(

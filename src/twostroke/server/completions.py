@@ -128,9 +128,9 @@ class CompletionWriter:
             return ""
         return self._frame.frame_choice(dump(fields))
 
-    def write_usage(self, usage: dict[str, Any]) -> str:
-        """The event with the token counts."""
-        return self._frame.frame_usage(usage)
+    def write_last(self, fields: dict[str, Any]) -> str:
+        """The event that has no choice, with these fields."""
+        return self._frame.frame_last(fields)
 
 
 def build_completion_reply(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -31,7 +31,7 @@ class Writer(Protocol):
 
     def write_delta(self, choice: int, delta: OutputDelta) -> str: ...
 
-    def write_usage(self, usage: dict[str, Any]) -> str: ...
+    def write_last(self, fields: dict[str, Any]) -> str: ...
 
 
 class EventStream(Response):
@@ -45,12 +45,18 @@ class EventStream(Response):
 
     media_type = EVENT_STREAM
 
-    def __init__(self, generation: Generation, writer: Writer, include_usage: bool) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        writer: Writer,
+        get_last: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """get_last: after the output, gives the fields of a last event, or none for no event."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._generation = generation
         self._writer = writer
-        self._include_usage = include_usage
+        self._get_last = get_last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole stream, as long as the client is there."""
@@ -96,8 +102,9 @@ class EventStream(Response):
                 text = "".join(self._writer.write_delta(choice, delta) for choice, delta in batch)
                 if text:
                     yield text.encode("utf-8")
-        if self._include_usage:
-            yield self._writer.write_usage(self._generation.get_usage()).encode("utf-8")
+        last = self._get_last()
+        if last:
+            yield self._writer.write_last(last).encode("utf-8")
         yield DONE
 
 
@@ -115,9 +122,9 @@ class ChunkFrame:
         """An event with one choice, given as JSON text."""
         return f"{self._start}{choice}]{self._usage_null}}}\n\n"
 
-    def frame_usage(self, usage: dict[str, Any]) -> str:
-        """The event with the token counts and no choice."""
-        return f'{self._start}],"usage":{dump(usage)}}}\n\n'
+    def frame_last(self, fields: dict[str, Any]) -> str:
+        """The event with no choice, and these fields: token counts, timings."""
+        return f"{self._start}],{dump(fields)[1:]}\n\n"
 
 
 def dump(value: Any) -> str:

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected, TokenLogprob
-from twostroke.engine.outputs import OutputDelta
+from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
+from twostroke.engine.service import NOBODY, Sender
 from twostroke.errors import (
     EngineClosed,
     InvalidParameter,
     InvalidRequest,
     PromptTooLong,
     RequestFailed,
+    SlowReader,
+    TwostrokeError,
 )
 from twostroke.server.schemas import CommonFields
 
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from twostroke.engine.async_llm import AsyncLLM, RequestStream
 
 MAX_CHOICES = 2048
+# Tokens of one API request that its client has not taken. Its connection takes some more; a client
+# that far behind reads nothing, and what it does not read may not fill the memory.
+MAX_UNREAD_TOKENS = 8192
 
 _SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
@@ -77,6 +83,7 @@ class Submission:
 
     prompts: texts or token ids. add_special: False for texts that bring their special tokens.
     prompt_only: report nothing of the output; max_tokens is then 1, the least an engine runs.
+    sender: whose share of the engine it takes.
     """
 
     request_id: str
@@ -85,6 +92,7 @@ class Submission:
     priority: int = 0
     add_special: bool = True
     prompt_only: bool = False
+    sender: Sender = NOBODY
 
 
 class Generation:
@@ -95,7 +103,10 @@ class Generation:
         self._n = submission.params.n
         self._prompt_only = submission.prompt_only
         self._emitted = 0
+        self._unread = 0  # tokens that arrived and were not taken
         self._is_over = False
+        self._error: TwostrokeError | None = None
+        self._wake = asyncio.Event()
         self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
     @property
@@ -125,6 +136,18 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    def get_timings(self) -> list[RequestTimings]:
+        """The timings so far of each prompt's request."""
+        return [stream.timings for stream in self._streams]
+
+    def end(self, error: TwostrokeError) -> None:
+        """Cancel what still runs, and let `error` be what its consumer hears of it."""
+        if not self._is_over and self._error is None:
+            self._error = error
+            self._wake.set()
+            for stream in self._streams:
+                stream.cancel()
+
     def cancel(self) -> None:
         """End every continuation that still runs; does nothing after the end."""
         if self._is_over:
@@ -149,21 +172,23 @@ class Generation:
         """All output as it comes: everything that arrived since the last batch, one delta a choice.
 
         Raises: InvalidRequest, RequestFailed or EngineClosed when a continuation ends other than
-        finished. Closing the iterator early cancels the request.
+        finished, SlowReader when too much was not taken, and what `end` was given. Closing the
+        iterator early cancels the request.
         """
         arrived: Batch = []
-        wake = asyncio.Event()
         pumps = [
-            asyncio.ensure_future(self._pump(place, arrived, wake))
-            for place in range(len(self._streams))
+            asyncio.ensure_future(self._pump(place, arrived)) for place in range(len(self._streams))
         ]
         try:
             while True:
                 finished = all(pump.done() for pump in pumps)
-                wake.clear()
+                if self._error is not None:
+                    raise self._error
+                self._wake.clear()
                 if arrived:
                     batch = self._merge(arrived)
                     arrived.clear()
+                    self._unread = 0
                     yield batch
                     continue
                 for pump in pumps:
@@ -172,20 +197,24 @@ class Generation:
                 if finished:
                     self._is_over = True
                     return
-                await wake.wait()
+                await self._wake.wait()
         finally:
             self.cancel()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, place: int, arrived: Batch, wake: asyncio.Event) -> None:
+    async def _pump(self, place: int, arrived: Batch) -> None:
         try:
             async for delta in self._streams[place]:
                 arrived.append((place * self._n + delta.index, delta))
-                wake.set()
+                self._unread += len(delta.tokens)
+                if self._unread > MAX_UNREAD_TOKENS:
+                    self.end(SlowReader(f"{self._unread} tokens were not read; read faster"))
+                    arrived.clear()
+                self._wake.set()
         finally:
-            wake.set()
+            self._wake.set()
 
     def _merge(self, arrived: Batch) -> Batch:
         parts: dict[int, list[OutputDelta]] = {}
@@ -193,7 +222,7 @@ class Generation:
             parts.setdefault(choice, []).append(delta)
         batch = [(choice, _join(deltas)) for choice, deltas in parts.items()]
         for choice, delta in batch:
-            _check_ending(delta.ending)
+            _check_ending(delta.ending, self._streams[choice // self._n].closed_reason)
             if delta.prompt_logprobs:
                 self._prompt_logprobs[choice // self._n] = delta.prompt_logprobs
         if self._prompt_only:
@@ -221,6 +250,7 @@ async def submit(engine: AsyncLLM, submission: Submission) -> Generation:
                 request_id=submission.request_id + suffix,
                 priority=submission.priority,
                 add_special=submission.add_special,
+                sender=submission.sender,
             )
             streams.append(stream)
     finally:
@@ -235,12 +265,14 @@ def get_finish_reason(delta: OutputDelta) -> str | None:
     return delta.ending.reason if isinstance(delta.ending, Finished) else None
 
 
-def _check_ending(ending: Ending | None) -> None:
+def _check_ending(ending: Ending | None, closed_reason: str | None) -> None:
     match ending:
         case Rejected(reason, None):
             raise InvalidRequest(reason)
         case Rejected(reason, int(limit)):
             raise PromptTooLong(reason, limit)
+        case Failed(reason) if closed_reason is not None:
+            raise EngineClosed(f"the server ended the request: {reason}; send it again later")
         case Failed(reason):
             raise RequestFailed(f"the request failed: {reason}")
         case Cancelled(reason):

@@ -85,6 +85,7 @@ class CommonFields(BaseModel):
     priority: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timings: bool = False  # ours: where the time of this request went
 
     @property
     def include_usage(self) -> bool:
