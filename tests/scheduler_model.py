@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,8 +121,11 @@ class FakeExecutor:
             block, offset = divmod(position, self.config.block_tokens)
             self.cells[blocks[block]][offset] = value
 
-    def run(self, step: Running) -> StepOutcome:
-        """Move blocks, write every row's KV, then check all that every row can see."""
+    def run(self, step: Running, made: int = 0) -> StepOutcome:
+        """Move blocks, write every row's KV, then check all that every row can see.
+
+        made: iterations; 0 leaves their number to the executor, which may make fewer than asked.
+        """
         plan = step.plan
         for move in plan.swaps_out:
             self.host[move.host] = list(self.cells[move.block])
@@ -138,8 +141,7 @@ class FakeExecutor:
         results = [
             self._answer(row, told, chain) for (row, told), chain in zip(rows, chains, strict=True)
         ]
-        # An executor may make fewer iterations than it was asked for.
-        made = 1 + plan.step % plan.iterations
+        made = made or 1 + plan.step % plan.iterations
         for _ in range(made - 1):
             for place, ((row, told), chain) in enumerate(zip(rows, chains, strict=True)):
                 extend_chain(chain, results[place].tokens[-1:])
@@ -285,7 +287,7 @@ class Driver:
         if isinstance(plan, StepPlan):
             self.plans.append(plan)
             self.flights.append(Running(plan, [self.told[row.sequence] for row in plan.rows]))
-            self._check_plan(plan)
+            check_plan(self.flights, self.told, self.config)
         else:
             assert plan.in_flight == len(self.flights)
         self._checked(plan)
@@ -385,52 +387,12 @@ class Driver:
         self._digest.update(repr(answer).encode())
         check(self.scheduler)
 
-    def _check_plan(self, plan: StepPlan) -> None:
-        assert 0 < len(plan.rows) <= self.config.max_rows
-        assert 0 < plan.num_tokens <= self.config.step_tokens
-        assert len({row.sequence for row in plan.rows}) == len(plan.rows)
-        for row in plan.rows:
-            told, end = self.told[row.sequence], row.start + len(row.tokens)
-            request = told.request
-            assert told.ending is None, f"{row.sequence}: planned after its end"
-            end -= row.drafts
-            if row.tokens == (PENDING,):
-                self._check_ahead(row, told)
-                continue
-            assert list(row.tokens[: end - row.start]) == told.tokens[row.start : end]
-            samples = end == len(told.tokens)
-            assert samples or not row.drafts
-            assert row.sampling == (request.sampling if samples else None)
-            needs = samples and request.sampling.needs_history
-            assert row.history == (tuple(told.tokens) if needs else ())
-            assert row.history_prompt == (len(request.prompt) if needs else 0)
-            if row.scored:
-                assert request.prompt_logprobs == row.scored_top
-                assert row.scored == request.prompt[row.start + 1 : end + 1]
-
-    def _check_ahead(self, row: Row, told: Told) -> None:
-        """A row whose token is drawn in the step before, and cannot be the last."""
-        request = told.request
-        before, plan = self.flights[-2].plan, self.flights[-1].plan
-        assert self.config.plans_ahead
-        assert before.step == plan.step - 1
-        assert before.iterations == plan.iterations == 1
-        (drawn,) = (one for one in before.rows if one.sequence == row.sequence)
-        assert drawn.sampling is not None
-        assert not drawn.drafts
-        assert row.start == drawn.start + len(drawn.tokens) == len(told.tokens)
-        assert row == Row(row.sequence, (PENDING,), row.start, row.blocks, request.sampling)
-        assert not request.sampling.needs_history
-        assert row.start + 1 < len(request.prompt) + request.max_new_tokens
-        assert row.start + 1 < self.config.context_tokens
-        assert row.start < self.config.num_blocks * self.config.block_tokens
-
     def _hear(self, updates: tuple[Update, ...]) -> None:
         for update in updates:
             told = self.told[update.sequence]
             assert told.ending is None, f"{update.sequence}: spoken of after its end"
             if isinstance(update, TokensEmitted):
-                self._hear_tokens(told, update)
+                hear_tokens(told, update)
             elif isinstance(update, SequenceEnded):
                 told.ending = update.ending
                 self.num_ended += 1
@@ -443,22 +405,70 @@ class Driver:
                 assert isinstance(update, Preempted)
         self._checked(updates)
 
-    def _hear_tokens(self, told: Told, update: TokensEmitted) -> None:
+
+def check_plan(
+    flights: Sequence[Running], told_of: Mapping[SequenceId, Told], config: SchedulerConfig
+) -> None:
+    """The last plan of `flights` keeps the budgets, and asks what is known of each sequence."""
+    plan = flights[-1].plan
+    assert 0 < len(plan.rows) <= config.max_rows
+    assert 0 < plan.num_tokens <= config.step_tokens
+    assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+    for row in plan.rows:
+        told, end = told_of[row.sequence], row.start + len(row.tokens)
         request = told.request
-        assert update.tokens
-        wanted = request.sampling.logprobs is not None
-        assert len(update.logprobs) == (len(update.tokens) if wanted else 0)
-        if request.prompt_logprobs is not None and told.index == 0 and not told.got_scored:
-            expected = tuple(
-                TokenLogprob(token, score(chain))
-                for token, chain in zip(request.prompt[1:], told.chain, strict=False)
-            )
-            assert update.prompt_scored == expected
-            told.got_scored = True
-        else:
-            assert update.prompt_scored == ()
-        told.tokens.extend(update.tokens)
-        extend_chain(told.chain, update.tokens)
+        assert told.ending is None, f"{row.sequence}: planned after its end"
+        end -= row.drafts
+        if row.tokens == (PENDING,):
+            check_ahead(flights, row, told, config)
+            continue
+        assert list(row.tokens[: end - row.start]) == told.tokens[row.start : end]
+        samples = end == len(told.tokens)
+        assert samples or not row.drafts
+        assert row.sampling == (request.sampling if samples else None)
+        needs = samples and request.sampling.needs_history
+        assert row.history == (tuple(told.tokens) if needs else ())
+        assert row.history_prompt == (len(request.prompt) if needs else 0)
+        if row.scored:
+            assert request.prompt_logprobs == row.scored_top
+            assert row.scored == request.prompt[row.start + 1 : end + 1]
+
+
+def check_ahead(flights: Sequence[Running], row: Row, told: Told, config: SchedulerConfig) -> None:
+    """A row whose token is drawn in the step before, and cannot be the last."""
+    request = told.request
+    before, plan = flights[-2].plan, flights[-1].plan
+    assert config.plans_ahead
+    assert before.step == plan.step - 1
+    assert before.iterations == plan.iterations == 1
+    (drawn,) = (one for one in before.rows if one.sequence == row.sequence)
+    assert drawn.sampling is not None
+    assert not drawn.drafts
+    assert row.start == drawn.start + len(drawn.tokens) == len(told.tokens)
+    assert row == Row(row.sequence, (PENDING,), row.start, row.blocks, request.sampling)
+    assert not request.sampling.needs_history
+    assert row.start + 1 < len(request.prompt) + request.max_new_tokens
+    assert row.start + 1 < config.context_tokens
+    assert row.start < config.num_blocks * config.block_tokens
+
+
+def hear_tokens(told: Told, update: TokensEmitted) -> None:
+    """Note new tokens; they come with all that was asked beside them, once."""
+    request = told.request
+    assert update.tokens
+    wanted = request.sampling.logprobs is not None
+    assert len(update.logprobs) == (len(update.tokens) if wanted else 0)
+    if request.prompt_logprobs is not None and told.index == 0 and not told.got_scored:
+        expected = tuple(
+            TokenLogprob(token, score(chain))
+            for token, chain in zip(request.prompt[1:], told.chain, strict=False)
+        )
+        assert update.prompt_scored == expected
+        told.got_scored = True
+    else:
+        assert update.prompt_scored == ()
+    told.tokens.extend(update.tokens)
+    extend_chain(told.chain, update.tokens)
 
 
 def build_driver(**sizes: int) -> Driver:
