@@ -233,18 +233,36 @@ inline int32_t draw_row(const float* x, int64_t vocab, const RowSpec& spec, Scra
   return distribution.draw(spec.uniform);
 }
 
-struct Penalties {
+struct Adjustments {
   double repetition, presence, frequency;
   const int32_t* history;
   int64_t known, prompt;  // tokens of the history, and how many of those are prompt
   const int32_t* bias_tokens;
   const float* bias_values;
   int64_t biases;
+  const uint8_t* mask;
+  int64_t mask_bytes;  // 0 where every token may be drawn
 };
 
-// Copies the row and applies penalties and bias (kernels/reference/sampling.py adjust_logits).
-inline const float* adjust_row(const float* x, int64_t vocab, const Penalties& p, Scratch& scratch) {
-  if (p.known == 0 && p.biases == 0) return x;
+// Leaves -inf where bit t % 8 of byte t / 8 is not set, and behind the last byte.
+inline void apply_mask(float* x, int64_t vocab, const uint8_t* mask, int64_t bytes) {
+  const int64_t covered = std::min(vocab, 8 * bytes);
+  for (int64_t start = 0; start < covered; start += 8) {
+    const uint8_t bits = mask[start / 8];
+    if (bits == 0xFF) continue;
+    const int64_t end = std::min(covered, start + 8);
+    for (int64_t t = start; t < end; ++t) {
+      if (!(bits >> (t - start) & 1)) x[t] = -kInfinity;
+    }
+  }
+  std::fill(x + covered, x + vocab, -kInfinity);
+}
+
+// Copies the row and applies penalties, bias and mask (kernels/reference/sampling.py
+// adjust_logits).
+inline const float* adjust_row(const float* x, int64_t vocab, const Adjustments& p,
+                               Scratch& scratch) {
+  if (p.known == 0 && p.biases == 0 && p.mask_bytes == 0) return x;
   constexpr uint32_t kSeen = 1u << 31;  // beside the count of a token's occurrences in the output
   scratch.adjusted.assign(x, x + vocab);
   scratch.counts.resize(static_cast<size_t>(vocab));
@@ -268,6 +286,7 @@ inline const float* adjust_row(const float* x, int64_t vocab, const Penalties& p
     float& value = out[p.bias_tokens[i]];
     value = clean(value) + p.bias_values[i];
   }
+  if (p.mask_bytes > 0) apply_mask(out, vocab, p.mask, p.mask_bytes);
   return out;
 }
 

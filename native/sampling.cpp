@@ -119,12 +119,15 @@ struct SampleJob::Arrays {
         history_offsets(get_array<int32_t>(arrays, "history_offsets", rows + 1)),
         history(get_array<int32_t>(arrays, "history_tokens", -1)),
         prompt(get_array<int32_t>(arrays, "history_prompt", rows)),
+        mask_offsets(get_array<int32_t>(arrays, "mask_offsets", rows + 1)),
+        mask(get_array<uint8_t>(arrays, "mask_bytes", -1)),
         top(get_array<int32_t>(arrays, "top", rows)),
         seed(get_array<uint64_t>(arrays, "seed", rows)),
         counter(get_array<uint64_t>(arrays, "counter", rows, 2)) {}
 
   Input<float> temperature, top_p, min_p, repetition, presence, frequency, bias_values;
-  Input<int32_t> top_k, bias_offsets, bias_tokens, history_offsets, history, prompt, top;
+  Input<int32_t> top_k, bias_offsets, bias_tokens, history_offsets, history, prompt, mask_offsets, top;
+  Input<uint8_t> mask;
   Input<uint64_t> seed, counter;
 };
 
@@ -138,6 +141,7 @@ SampleJob::SampleJob(const LogitRows& logits, nb::handle arrays)
   const int64_t rows = logits.rows, vocab = logits.vocab;
   check_offsets(a.bias_offsets.data(), rows, a.bias_tokens.size());
   check_offsets(a.history_offsets.data(), rows, a.history.size());
+  check_offsets(a.mask_offsets.data(), rows, a.mask.size());
   check_tokens(a.bias_tokens.data(), a.bias_tokens.size(), vocab);
   check_tokens(a.history.data(), a.history.size(), vocab);
   if (vocab == 0) throw std::invalid_argument("an empty vocabulary has no token to draw");
@@ -158,15 +162,17 @@ void SampleJob::draw(int64_t r, Scratch& scratch) {
   const int64_t vocab = logits_.vocab;
   const float* x = logits_.data + r * logits_.stride;
   const int32_t known = a.history_offsets.data()[r], bias = a.bias_offsets.data()[r];
-  const Penalties penalties{
+  const int32_t mask = a.mask_offsets.data()[r];
+  const Adjustments adjustments{
       a.repetition.data()[r], a.presence.data()[r], a.frequency.data()[r],
       a.history.data() + known, a.history_offsets.data()[r + 1] - known, a.prompt.data()[r],
       a.bias_tokens.data() + bias, a.bias_values.data() + bias,
-      a.bias_offsets.data()[r + 1] - bias};
+      a.bias_offsets.data()[r + 1] - bias,
+      a.mask.data() + mask, a.mask_offsets.data()[r + 1] - mask};
   const RowSpec spec{
       a.temperature.data()[r], a.top_p.data()[r], a.min_p.data()[r], a.top_k.data()[r],
       get_uniform(a.seed.data()[r], a.counter.data()[2 * r], a.counter.data()[2 * r + 1])};
-  const int32_t token = draw_row(adjust_row(x, vocab, penalties, scratch), vocab, spec, scratch);
+  const int32_t token = draw_row(adjust_row(x, vocab, adjustments, scratch), vocab, spec, scratch);
   answer_->tokens.data[r] = token;
   score_row(x, vocab, token, a.top.data()[r], answer_->get_row(r), scratch);
 }

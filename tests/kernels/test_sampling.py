@@ -272,6 +272,68 @@ def test_a_row_is_bit_for_bit_the_same_in_any_batch_alignment_and_thread_count()
             assert np.array_equal(one, getattr(together, field.name)[at], equal_nan=True)
 
 
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def draw_masked(sample, logits: list[float], spec: SamplingSpec, mask: bytes) -> Drawn:
+    row = replace(make_row(spec), mask=mask)
+    return sample(np.array([logits], np.float32), build_sampling_arrays([row]))
+
+
+@SAMPLERS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_the_mask_allows_is_drawn(sample, temperature: float) -> None:
+    spec = SamplingSpec(temperature=temperature, top_k=1, logit_bias=((1, 100.0),))
+    logits = [float(token == 3) for token in range(10)]
+    assert draw_masked(sample, logits, spec, b"\x04\x00").tokens.tolist() == [2]
+    assert draw_masked(sample, logits, spec, b"\x00\x02").tokens.tolist() == [9]
+
+
+@SAMPLERS
+def test_tokens_beyond_the_bytes_of_a_mask_are_not_drawn(sample) -> None:
+    logits = [float(token) for token in range(10)]
+    assert draw_masked(sample, logits, GREEDY, b"\xff").tokens.tolist() == [7]
+
+
+@SAMPLERS
+def test_a_row_without_a_mask_is_free_beside_one_that_has_one(sample) -> None:
+    rows = [make_row(GREEDY), replace(make_row(GREEDY), mask=b"\x01"), make_row(GREEDY)]
+    logits = np.tile(np.arange(5, dtype=np.float32), (3, 1))
+    assert sample(logits, build_sampling_arrays(rows)).tokens.tolist() == [4, 0, 4]
+
+
+@SAMPLERS
+def test_a_mask_changes_no_log_probability(sample) -> None:
+    spec = SamplingSpec(logprobs=3)
+    drawn = draw_masked(sample, [0.0, 1.0, 2.0], spec, b"\x01")
+    free = sample(np.array([[0.0, 1.0, 2.0]], np.float32), make_arrays([spec], [()]))
+    assert drawn.tokens.tolist() == [0]
+    assert drawn.top_tokens.tolist() == free.top_tokens.tolist() == [[2, 1, 0]]
+    assert np.array_equal(drawn.top_logprobs, free.top_logprobs)
+    assert drawn.logprobs[0] == free.top_logprobs[0, 2]
+
+
+def test_native_draws_what_the_reference_draws_through_masks() -> None:
+    random = np.random.default_rng(3)
+    for vocab in (1, 7, 8, 9, 100, 3001):
+        logits = random.normal(size=(40, vocab)).astype(np.float32)
+        rows = []
+        for at in range(40):
+            bits = random.random(vocab) < random.choice([0.01, 0.5, 0.99])
+            bits[random.integers(vocab)] = True
+            mask = np.packbits(bits, bitorder="little").tobytes()
+            spec = replace(make_random_spec(random, vocab), temperature=0.8)
+            rows.append(replace(make_row(spec, at + 1), mask=mask if at % 5 else b""))
+        arrays = build_sampling_arrays(rows)
+        expected, actual = reference.sample(logits, arrays), sample_native(logits, arrays)
+        clear = np.array([get_edge_distance(logits, arrays, row) > 1e-6 for row in range(40)])
+        assert np.array_equal(actual.tokens[clear], expected.tokens[clear])
+        for at, row in enumerate(rows):
+            if row.mask:
+                token = int(actual.tokens[at])
+                assert row.mask[token // 8] >> token % 8 & 1, at
+
+
 @SAMPLERS
 def test_a_token_outside_the_vocabulary_is_refused(sample) -> None:
     logits = np.zeros((1, 4), np.float32)

@@ -104,6 +104,7 @@ def _continues(rows: Sequence[Row], kept: Sequence[Row]) -> bool:
             or row.drafts
             or row.history
             or row.scored
+            or row.mask
         ):
             return False
     return True

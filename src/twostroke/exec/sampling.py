@@ -97,6 +97,7 @@ def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
     specs = [spec for _, spec, _ in draws]
     biases = [spec.logit_bias for spec in specs]
     histories = [_get_history(row, back) for row, _, back in draws]
+    masks = [row.mask for row, _, _ in draws]
     counter = [(row.start + len(row.tokens) - back, row.sequence.index) for row, _, back in draws]
     return SamplingArrays(
         temperature=np.array([spec.temperature for spec in specs], np.float32),
@@ -114,6 +115,8 @@ def build_sampling_arrays(rows: Sequence[Row]) -> SamplingArrays:
         history_offsets=_get_offsets(histories),
         history_tokens=np.fromiter(chain.from_iterable(histories), np.int32),
         history_prompt=np.array([row.history_prompt for row, _, _ in draws], np.int32),
+        mask_offsets=_get_offsets(masks),
+        mask_bytes=np.frombuffer(b"".join(masks), np.uint8),
         top=np.array([-1 if spec.logprobs is None else spec.logprobs for spec in specs], np.int32),
     )
 
@@ -154,6 +157,7 @@ def _take_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays
     part = slice(start, stop)
     bias = arrays.bias_offsets[start : stop + 1]
     history = arrays.history_offsets[start : stop + 1]
+    mask = arrays.mask_offsets[start : stop + 1]
     return SamplingArrays(
         temperature=arrays.temperature[part],
         top_k=arrays.top_k[part],
@@ -170,6 +174,8 @@ def _take_draws(arrays: SamplingArrays, start: int, stop: int) -> SamplingArrays
         history_offsets=history - history[0],
         history_tokens=arrays.history_tokens[history[0] : history[-1]],
         history_prompt=arrays.history_prompt[part],
+        mask_offsets=mask - mask[0],
+        mask_bytes=arrays.mask_bytes[mask[0] : mask[-1]],
         top=arrays.top[part],
     )
 

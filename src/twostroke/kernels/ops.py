@@ -25,6 +25,7 @@ Weight = Any  # a backend's prepared weight
 
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
 
 
@@ -74,8 +75,9 @@ class SamplingArrays:
     temperature, top_p, min_p, repetition, presence, frequency: float32. top_k: int32, 0 is off.
     seed: uint64; counter (L, 2): uint64 pairs (position of the new token, sequence index).
     bias_offsets (L+1,) into bias_tokens and bias_values; history_offsets (L+1,) into
-    history_tokens, of which the first history_prompt (L,) are prompt. top (L,): how many
-    alternatives to report, -1 for no log-probabilities at all.
+    history_tokens, of which the first history_prompt (L,) are prompt. mask_offsets (L+1,) into
+    mask_bytes, uint8: which tokens may be drawn (see spec.step.Row.mask), all where a row has no
+    bytes. top (L,): how many alternatives to report, -1 for no log-probabilities at all.
     """
 
     temperature: F32
@@ -93,6 +95,8 @@ class SamplingArrays:
     history_offsets: I32
     history_tokens: I32
     history_prompt: I32
+    mask_offsets: I32
+    mask_bytes: U8
     top: I32
 
 

@@ -1,7 +1,7 @@
 """Sampling and scoring in NumPy: the definition that the native sampler is checked against.
 
-Owns the order of the steps (penalties, bias, temperature, top-k, top-p, min-p, one draw) and the
-random numbers. Rows are independent: a row's answer never depends on the others. Everything from
+Owns the order of the steps (penalties, bias, mask, temperature, top-k, top-p, min-p, one draw) and
+the random numbers. Rows are independent: a row's answer never depends on the others. Everything from
 the softmax on is float64; adjusted logits are rounded to float32, so that both implementations
 compare the very same numbers.
 
@@ -107,11 +107,11 @@ def score(logits: F32, targets: I32, top: I32) -> Drawn:
 
 
 def adjust_logits(logits: F32, arrays: SamplingArrays, row: int) -> F32:
-    """One row's logits (vocab,) after penalties and bias, as a new float32 array without NaN.
+    """One row's logits (vocab,) after penalties, bias and mask, as a new float32 array without NaN.
 
     The repetition penalty divides positive and multiplies negative logits of tokens seen in
     prompt or output (Keskar et al. 2019, §4.1). Each output token then loses `presence` once and
-    `frequency` per occurrence. The bias is added last, in float32.
+    `frequency` per occurrence. The bias is added then, in float32. What the mask forbids is -inf.
     """
     penalised = replace_nan(logits).astype(np.float64)
     known = slice(arrays.history_offsets[row], arrays.history_offsets[row + 1])
@@ -126,7 +126,18 @@ def adjust_logits(logits: F32, arrays: SamplingArrays, row: int) -> F32:
         penalised[drawn] -= np.float64(arrays.presence[row]) + frequency
         adjusted = penalised.astype(np.float32)
         np.add.at(adjusted, arrays.bias_tokens[bias], arrays.bias_values[bias])
-        return replace_nan(adjusted)
+    mask = arrays.mask_bytes[arrays.mask_offsets[row] : arrays.mask_offsets[row + 1]]
+    if mask.size:
+        adjusted[~unpack_mask(mask, adjusted.size)] = -np.inf
+    return replace_nan(adjusted)
+
+
+def unpack_mask(mask: NDArray[np.uint8], vocab: int) -> NDArray[np.bool_]:
+    """Which of `vocab` tokens a mask's bytes allow: bit t % 8 of byte t // 8, none beyond them."""
+    allowed = np.zeros(vocab, np.bool_)
+    bits = np.unpackbits(mask, bitorder="little")[:vocab]
+    allowed[: bits.size] = bits
+    return allowed
 
 
 def get_candidates(adjusted: F32, arrays: SamplingArrays, row: int) -> tuple[I64, F64]:
