@@ -36,7 +36,15 @@ _PRODUCTS = {
 }
 # Prompts that did not fit into two devices' memory together: the time is that of some of them.
 _OVERFULL = (2, 64)
-_FITTED = ("link_efficiency", "layer_host_ns", "step_ns", "sampled_ns", "prompt_ns")
+_FITTED = (
+    "link_efficiency",
+    "link_burst_bytes",
+    "link_late_efficiency",
+    "layer_host_ns",
+    "step_ns",
+    "sampled_ns",
+    "prompt_ns",
+)
 _ROUNDS = 6
 _ROUND_STEPS = 400
 

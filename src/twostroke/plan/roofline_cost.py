@@ -29,7 +29,9 @@ class Overheads:
     kernel_ns: beginning and end of a kernel, for each of five a layer. link_ns: latency of one
     all-reduce. layer_host_ns: the host takes this to launch a layer's kernels, so that no step is
     shorter than its layers take. step_ns: Python around a step. sampled_ns: for each drawn token;
-    prompt_ns: for each row of more than one token.
+    prompt_ns: for each row of more than one token. link_burst_bytes, link_late_efficiency: what an
+    all-reduce moves beyond so many bytes, such as a cache holds, passes at this share of the link;
+    0 bytes where all pass alike.
     """
 
     memory_efficiency: float
@@ -42,6 +44,8 @@ class Overheads:
     step_ns: float
     sampled_ns: float
     prompt_ns: float
+    link_burst_bytes: float = 0.0
+    link_late_efficiency: float = 1.0
 
 
 # Fitted with `python -m twostroke.bench.fit_roofline` to half of two published measurements:
@@ -49,19 +53,22 @@ class Overheads:
 # Agrawal et al. 2024), the rest to whole steps of Llama-2-70B on two, four and eight A100-80GB
 # (Splitwise, Patel et al. 2024), which an engine of 2023 made that launched every kernel from
 # Python. Assumed, because those measurements do not tell them: attention_efficiency and link_ns.
-# Error on the other halves, median and 90th percentile: products 5 % and 15 %, decode steps 2 % and
-# 6 %, prefills 11 % and 23 % (those of 16 prompts and more took longer than their work explains).
+# That sums of more than 48 MB go slower is what the measurements show: a token of a prompt of 4,096
+# on eight devices takes a third longer than one of 1,024. Error on the other halves, median and
+# 90th percentile: products 5 % and 15 %, decode steps 2 % and 6 %, prefills 5 % and 14 %.
 EAGER = Overheads(
     memory_efficiency=0.90,
     matrix_efficiency=0.717,
     attention_efficiency=0.5,
-    link_efficiency=0.228,
-    kernel_ns=10_600.0,
+    link_efficiency=0.592,
+    kernel_ns=10_630.0,
     link_ns=10_000.0,
-    layer_host_ns=408_000.0,
-    step_ns=10_990_000.0,
-    sampled_ns=458_000.0,
-    prompt_ns=19_590_000.0,
+    layer_host_ns=406_200.0,
+    step_ns=11_150_000.0,
+    sampled_ns=457_900.0,
+    prompt_ns=21_250_000.0,
+    link_burst_bytes=48e6,
+    link_late_efficiency=0.0887,
 )
 # An engine that replays captured kernels and keeps Python out of the way, as engines since 2024 do.
 # Efficiencies as above but for the link; the overheads are assumed, not fitted.
@@ -102,8 +109,9 @@ class RooflineCost:
     Each part takes the longer of its bytes over the bandwidth and its operations over the rate,
     both divided by the devices; decoding rows and prompts attend one after the other. Every layer
     sums its partial results over the devices twice (ring: Patarasu & Yuan 2009, §3, 2(n-1)/n of the
-    bytes pass each link, plus a latency). Left out: memory traffic of activations, the work that is
-    not divided (norms, routers), and waiting of the devices for each other.
+    bytes pass each link, those behind a burst more slowly, plus a latency). Left out: memory
+    traffic of activations, the work that is not divided (norms, routers), and waiting of the
+    devices for each other.
 
     A device with 16-bit matrix units multiplies and attends in 16 bits whatever the weights are
     stored in; one without does as work.py counts. See `StepCost` for the methods.
@@ -146,11 +154,16 @@ class RooflineCost:
         attention_rate = _get_matrix_rate(device, "fp32") * over.attention_efficiency
         self._pair_ns = work.pair_ops * 1e9 / attention_rate / n
         self._link_token_ns, self._fixed_ns = 0.0, layers * _PRODUCTS_PER_LAYER * over.kernel_ns
+        self._burst_tokens, self._late_token_ns = 0.0, 0.0
         if n > 1:
-            link_byte_ns = 1e9 / (device.link_bandwidth * over.link_efficiency)
-            passed = 2 * (n - 1) / n * 2 * spec.width  # bytes a token, in 16 bits
-            self._link_token_ns = 2 * layers * passed * link_byte_ns
+            token_bytes = 2 * spec.width  # in 16 bits
+            passed_ns = 2 * layers * 2 * (n - 1) / n * token_bytes * 1e9 / device.link_bandwidth
+            self._link_token_ns = passed_ns / over.link_efficiency
             self._fixed_ns += 2 * layers * over.link_ns
+            if over.link_burst_bytes:
+                late_ns = passed_ns / over.link_late_efficiency
+                self._burst_tokens = over.link_burst_bytes / token_bytes
+                self._late_token_ns = late_ns - self._link_token_ns
         self._host_ns, self._step_ns = layers * over.layer_host_ns, over.step_ns
         self._sampled_ns, self._prompt_ns = over.sampled_ns, over.prompt_ns
         self._copy_byte_ns = 1e9 / device.host_bandwidth / n if device.host_bandwidth else byte_ns
@@ -188,6 +201,7 @@ class RooflineCost:
         prompt_keys = keys - decode_keys + tokens * layers - (decode_pairs - decode_keys)
         ffn_ns = self._ffn_ns + experts * self._expert_byte_ns
         device = self._fixed_ns + tokens * (self._token_ns + self._link_token_ns)
+        device = device + longer(tokens - self._burst_tokens, 0.0) * self._late_token_ns
         device = device + longer(tokens * self._projections_token_ns, self._projections_ns)
         device = device + longer(tokens * self._ffn_token_ns, ffn_ns)
         device = device + longer(sampled * self._head_token_ns, (sampled > 0) * self._head_ns)
