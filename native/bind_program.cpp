@@ -243,6 +243,9 @@ void bind_program(nb::module_& m) {
       .def("view", [](nb::handle_t<BoundProgram> self, int buffer,
                       int rows) { return nb::cast<BoundProgram&>(self).view(self, buffer, rows); })
       .def("take_times", [](BoundProgram& p) { return p.program.take_times(); })
+      .def("number_parts", [](BoundProgram& p,
+                              const std::vector<int>& parts) { p.program.number_parts(parts); })
+      .def("take_part_times", [](BoundProgram& p) { return p.program.take_part_times(); })
       .def_prop_ro("arena_bytes", [](BoundProgram& p) { return p.program.arena_bytes(); });
   bind_recording(cls);
 

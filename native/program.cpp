@@ -372,7 +372,10 @@ void Program::run_step(const StepView& step, std::span<const int32_t> logit_rows
     const int64_t before = thread == 0 ? now_ns() : 0;
     pool_.barrier();
     finish(thread, threads);
-    if (thread == 0) finish_ns_ += now_ns() - before;
+    if (thread != 0) return;
+    const int64_t taken = now_ns() - before;
+    finish_ns_ += taken;
+    part_ns_[finish_part_] += taken;
   });
 }
 
@@ -382,6 +385,7 @@ void Program::walk(std::vector<Op>& ops, int thread, int threads) {
     if (thread != 0) return;
     const int64_t now = now_ns();
     op.time_ns += now - before;
+    part_ns_[op.part] += now - before;
     before = now;
   };
   const auto [first_row, last_row] = get_share(rows(), thread, threads);
@@ -413,6 +417,27 @@ std::vector<std::pair<std::string, int64_t>> Program::take_times() {
     }
   }
   times.emplace_back("draw", std::exchange(finish_ns_, 0));
+  return times;
+}
+
+void Program::number_parts(const std::vector<int>& parts) {
+  if (parts.size() != body_.size() + head_.size() + 1) {
+    throw std::invalid_argument("one part for each operation, and one for draws");
+  }
+  if (*std::min_element(parts.begin(), parts.end()) < 0) {
+    throw std::invalid_argument("parts are numbered from 0");
+  }
+  size_t next = 0;
+  for (auto* ops : {&body_, &head_}) {
+    for (Op& op : *ops) op.part = parts[next++];
+  }
+  finish_part_ = parts[next];
+  part_ns_.assign(*std::max_element(parts.begin(), parts.end()) + 1, 0);
+}
+
+std::vector<int64_t> Program::take_part_times() {
+  std::vector<int64_t> times(part_ns_.size(), 0);
+  times.swap(part_ns_);
   return times;
 }
 

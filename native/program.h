@@ -78,6 +78,10 @@ class Program {
   // Nanoseconds spent in each operation (waiting at its barrier included) since the last call,
   // with its name, and as "draw" in what `run_step` did with the logits; counted on thread 0.
   std::vector<std::pair<std::string, int64_t>> take_times();
+  // Operations are added up by part, too: a number for each, in the order of `take_times`.
+  void number_parts(const std::vector<int>& parts);
+  // Nanoseconds of each numbered part since the last call.
+  std::vector<int64_t> take_part_times();
 
  private:
   struct Buffer {
@@ -105,6 +109,7 @@ class Program {
     std::function<void(int, int)> run, rows;
     bool barrier;
     int64_t time_ns = 0;
+    int part = 0;
   };
   void record(std::string name, bool barrier, std::function<void(int, int)> run);
   void prepare_body(const StepView& step);
@@ -134,6 +139,8 @@ class Program {
   std::map<int, Schedule> schedules_;  // by window: how this step's attention is divided
 
   int64_t finish_ns_ = 0;
+  int finish_part_ = 0;
+  std::vector<int64_t> part_ns_{0};
   int num_tokens_ = 0, num_logit_rows_ = 0;
   StepView step_{};
   std::vector<int32_t> kv_block_, kv_slot_, token_row_, logit_rows_;
