@@ -249,3 +249,12 @@ def write_safetensors_header(path: Path, header: bytes, data: bytes = b"") -> Pa
     """A safetensors file whose header is exactly these bytes."""
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return path
+
+
+def make_tiny_llama(**sizes: int) -> GGUFRecipe:
+    """A llama of two layers that knows forty tokens and 128 positions."""
+    recipe = make_gguf("llama", **sizes)
+    kind, tokens, element = recipe.keys["tokenizer.ggml.tokens"]
+    merged = ["t", "0", "1", "t0", "t1"]
+    recipe.keys["tokenizer.ggml.tokens"] = (kind, merged + tokens[len(merged) :], element)
+    return recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model_files import VOCAB, GGUFRecipe, make_gguf
+from model_files import VOCAB, make_tiny_llama
 from twostroke.cli import compose
 from twostroke.cli.compose import LLM, build_engine, get_model_name
 from twostroke.cli.device import Gpus
@@ -38,19 +38,10 @@ PROMPT = [5, 6, 7, 8, 9]
 PARAMS = SamplingParams(max_tokens=7, temperature=1.0, seed=3, ignore_eos=True)
 
 
-def make_recipe(**sizes: int) -> GGUFRecipe:
-    """A llama of two layers that knows forty tokens and 128 positions."""
-    recipe = make_gguf("llama", **sizes)
-    kind, tokens, element = recipe.keys["tokenizer.ggml.tokens"]
-    merged = ["t", "0", "1", "t0", "t1"]
-    recipe.keys["tokenizer.ggml.tokens"] = (kind, merged + tokens[len(merged) :], element)
-    return recipe
-
-
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
     """The recipe, written."""
-    return make_recipe().write(tmp_path / "tiny.gguf")
+    return make_tiny_llama().write(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,7 +90,7 @@ def test_closing_twice_does_nothing(model_file: Path) -> None:
 
 
 def test_a_broken_template_leaves_the_model_usable(tmp_path: Path) -> None:
-    recipe = make_recipe()
+    recipe = make_tiny_llama()
     recipe.keys["tokenizer.chat_template"] = (recipe.keys["general.name"][0], "{% if %}")
     broken = recipe.write(tmp_path / "broken.gguf")
     with LLM(broken, threads=1) as llm:
@@ -108,7 +99,7 @@ def test_a_broken_template_leaves_the_model_usable(tmp_path: Path) -> None:
 
 
 def test_without_chat_the_template_is_left_alone(tmp_path: Path) -> None:
-    recipe = make_recipe()
+    recipe = make_tiny_llama()
     recipe.keys["tokenizer.chat_template"] = (recipe.keys["general.name"][0], "{{ messages }}")
     path = recipe.write(tmp_path / "chat.gguf")
     for has_chat in (True, False):
@@ -118,7 +109,7 @@ def test_without_chat_the_template_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_be_built_leaves_no_thread(tmp_path: Path) -> None:
-    recipe = make_recipe()
+    recipe = make_tiny_llama()
     kind, _ = recipe.keys["tokenizer.ggml.pre"]
     recipe.keys["tokenizer.ggml.pre"] = (kind, "no-such")
     path = recipe.write(tmp_path / "no-such.gguf")
@@ -223,7 +214,7 @@ def test_a_gpu_without_what_drives_it_is_refused_with_the_way_out(
 
 
 def test_a_head_size_the_kernels_lack_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    odd = make_recipe(head_dim=8).write(tmp_path / "odd.gguf")
+    odd = make_tiny_llama(head_dim=8).write(tmp_path / "odd.gguf")
     with pytest.raises(UnsupportedModel, match="--backend reference"):
         build_engine(EngineSettings(model=str(odd)))
 

@@ -34,7 +34,8 @@ class Answerer(Protocol):
 def run_chat(model: str, sampling: SamplingOptions, on: MachineOptions) -> None:
     """Talk until the user leaves. Raises TwostrokeError."""
     params = build_params(sampling)
-    with LLM(model, **get_machine_settings(on), max_rows=1) as llm:
+    # One reader waits for one answer, which often repeats what was said: guesses cost little.
+    with LLM(model, **get_machine_settings(on), max_rows=1, drafts=True) as llm:
         print(f"{model}. {HELP}", file=sys.stderr)
         # Gives input() line editing and history, where the interpreter was built with it.
         with contextlib.suppress(ImportError):

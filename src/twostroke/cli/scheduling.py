@@ -49,7 +49,7 @@ def build_scheduling(
     itl_ns = read_target("itl_target_ms", wanted.itl_target_ms)
     drafts = bool(wanted.drafts)
     config = _build_config(settings, spec)
-    needs_cost = choice.pace == "target" or choice.order == "deadline" or drafts
+    needs_cost = choice.pace == "target" or choice.order == "deadline"
     # A GPU's steps are not predicted yet: what cannot do without says so.
     cost = None
     if (needs_cost or config.host_blocks) and not settings.is_on_gpu:
@@ -85,7 +85,7 @@ def read_target(parameter: str, target_ms: float | None) -> int:
         raise InvalidParameter(
             parameter, f"must be above 0 and at most {MAX_TARGET_MS:,} ms, not {target_ms:g}"
         )
-    return round(target_ms * 1e6)
+    return max(1, round(target_ms * 1e6))
 
 
 def check_itl(itl_ns: int, cost: StepCost) -> None:
