@@ -187,7 +187,7 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     Args: body: the JSON object. Raises: InvalidParameter naming the first field that is wrong.
     """
     common, own = _split(body, CompletionFields)
-    request = CompletionRequest(_validate(CommonFields, common), _validate(CompletionFields, own))
+    request = CompletionRequest(validate(CommonFields, common), validate(CompletionFields, own))
     _check_streaming(request.common)
     if request.own.suffix:
         raise InvalidParameter("suffix", "is not implemented; put the text into the prompt")
@@ -204,7 +204,7 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Args: body: the JSON object. Raises: InvalidParameter naming the first field that is wrong.
     """
     common, own = _split(body, ChatFields)
-    request = ChatRequest(_validate(CommonFields, common), _validate(ChatFields, own))
+    request = ChatRequest(validate(CommonFields, common), validate(ChatFields, own))
     _check_streaming(request.common)
     _check_lengths(request)
     _check_tools(request.own)
@@ -268,9 +268,13 @@ def _refuse_name(name: str, known: list[str]) -> None:
     raise InvalidParameter(shown, f"is not a field this server implements{hint}")
 
 
-def _validate(model: type[Model], fields: dict[str, Any]) -> Model:
+def validate(model: type[Model], fields: Mapping[str, Any]) -> Model:
+    """`fields` as a checked value of `model`.
+
+    Raises: InvalidParameter naming the first field that is wrong.
+    """
     try:
-        return model.model_validate(fields)
+        return model.modelvalidate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _describe(first["loc"], first["type"], first["msg"]) from None
