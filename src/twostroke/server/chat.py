@@ -35,12 +35,13 @@ def build_chat_submission(served: Served, request: ChatRequest, request_id: str)
         {"max_tokens": limit, "logprobs": (own.top_logprobs or 0) if own.logprobs else None},
         public,
     )
-    prompt = served.engine.render_chat([_to_template_message(each) for each in own.messages])
+    prompt = served.engine.render_chat([to_template_message(each) for each in own.messages])
     _check_tool_calls_shown(own.messages, prompt)
     return Submission(request_id, [prompt], params, priority=common.priority, add_special=False)
 
 
-def _to_template_message(message: Message) -> dict[str, Any]:
+def to_template_message(message: Message) -> dict[str, Any]:
+    """A message as templates read it."""
     role = "system" if message.role == "developer" else message.role
     content = message.content or ""
     if not isinstance(content, str):

@@ -274,7 +274,7 @@ def validate(model: type[Model], fields: Mapping[str, Any]) -> Model:
     Raises: InvalidParameter naming the first field that is wrong.
     """
     try:
-        return model.modelvalidate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _describe(first["loc"], first["type"], first["msg"]) from None
