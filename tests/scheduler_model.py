@@ -261,11 +261,14 @@ class Driver:
         if isinstance(answer, Accepted):
             if self.policies is not None and isinstance(self.policies.drafter, RandomDrafter):
                 self.policies.drafter.requests[request.id] = request
-            self.num_sequences += request.n
+            self.num_sequences += request.num_open
             for index in range(request.n):
+                if request.resumed and request.resumed[index] is None:
+                    continue
                 chain: list[int] = []
-                extend_chain(chain, request.prompt)
-                told = Told(request, index, list(request.prompt), chain)
+                tokens = [*request.prompt, *request.get_resumed(index)]
+                extend_chain(chain, tokens)
+                told = Told(request, index, tokens, chain)
                 self.told[SequenceId(request.id, index)] = told
         self._checked(answer)
         return answer

@@ -34,6 +34,7 @@ def find_rejection(request: Request, config: SchedulerConfig) -> Rejected | None
         return Rejected("n: must be 1 where KV is pre-allocated, since it cannot be shared")
     pool_tokens = config.num_blocks * config.block_tokens
     limit, known = min(config.context_tokens, pool_tokens) - 1, len(request.prompt)
+    known += max((len(tokens or ()) for tokens in request.resumed), default=0)
     if known <= limit:
         return None
     where = "context" if known >= config.context_tokens else "KV pool"

@@ -110,6 +110,9 @@ class Roster:
             kept = KeptKV(self.memory, request.cache_scope)
             group.sequences.append(Sequence(id, group, key, [], BlockTable(self.allocator), kept))
         self.groups[request.id] = group
+        for sequence, resumed in zip(group.sequences, request.resumed, strict=False):
+            if resumed is None:  # it had ended
+                self._stop(sequence)
         self.start_carrier(group)
 
     def start_carrier(self, group: Group) -> None:
@@ -117,6 +120,7 @@ class Roster:
         carrier = next(one for one in group.sequences if one.state is State.UNBORN)
         group.unborn -= 1
         carrier.tokens = list(group.request.prompt)
+        self._learn_resumed(group)
         self._wait(carrier)
         self.try_fork(carrier)
 
@@ -132,6 +136,13 @@ class Roster:
                 sequence.computed = sequence.planned = carrier.computed
                 sequence.table = carrier.table.fork()
                 (self._wait if carrier.state is State.WAITING else self._run)(sequence)
+        self._learn_resumed(group)
+
+    def _learn_resumed(self, group: Group) -> None:
+        """Once nobody waits for the fork, sequences know what an earlier run emitted of them."""
+        for one in group.sequences if group.request.resumed and not group.unborn else ():
+            if one.state is not State.ENDED and len(one.tokens) == len(group.request.prompt):
+                one.tokens += group.request.get_resumed(one.id.index)
 
     def find_prefix(self, sequence: Sequence) -> list[BlockId]:
         """Blocks that hold a beginning of a waiting sequence's tokens, not all of them.
@@ -290,6 +301,7 @@ class Roster:
             self._policies.drafter.forget(sequence.id)
         if state is State.UNBORN:
             sequence.group.unborn -= 1
+            self._learn_resumed(sequence.group)
         elif state is State.WAITING:
             self.waiting.remove(sequence)
         elif state is State.RUNNING:

@@ -176,7 +176,7 @@ class EngineLoop:
         if isinstance(answer, Accepted):
             if not self._live:
                 self._last_progress_ns = now_ns
-            self._live[request.id] = request.n
+            self._live[request.id] = request.num_open
         return answer
 
     def cancel(

@@ -82,7 +82,9 @@ class Request:
     alternatives. `priority`: smaller is more urgent. `tenant`: who shares are counted for.
     `cache_scope`: adapter and tenant salt; a prefix is reused within one scope only. `ttft_ns`,
     `itl_ns`: targets for the first token and between tokens; 0 means none. `expected_tokens`: the
-    output's length as the caller predicts it; 0 means unknown.
+    output's length as the caller predicts it; 0 means unknown. `resumed`: empty, or for each of the
+    n what an earlier run emitted of it, and None for one that had ended, which does not run again.
+    Those tokens count as output in every way, but are not emitted a second time.
     """
 
     id: str
@@ -99,10 +101,24 @@ class Request:
     ttft_ns: int = 0
     itl_ns: int = 0
     expected_tokens: int = 0
+    resumed: tuple[tuple[Token, ...] | None, ...] = ()
+
+    @property
+    def num_open(self) -> int:
+        """Continuations that run: all but those that had ended."""
+        return self.n - self.resumed.count(None)
+
+    def get_resumed(self, index: int) -> tuple[Token, ...]:
+        """What an earlier run emitted of a continuation."""
+        return (self.resumed[index] or ()) if self.resumed else ()
 
     def find_fault(self, vocab_size: int) -> str:
         """What is wrong with it whoever serves it, as "field: message"; empty if nothing."""
-        return self._find_prompt_fault(vocab_size) or self._find_number_fault(vocab_size)
+        return (
+            self._find_prompt_fault(vocab_size)
+            or self._find_number_fault(vocab_size)
+            or self._find_resumed_fault(vocab_size)
+        )
 
     def _find_prompt_fault(self, vocab_size: int) -> str:
         """What is wrong with the id or the prompt, whatever its length."""
@@ -137,6 +153,25 @@ class Request:
                 return f"{name}: must be at least {least}, not {value}"
             if most is not None and value > most:
                 return f"{name}: must be at most {most}, not {value}"
+        return ""
+
+    def _find_resumed_fault(self, vocab_size: int) -> str:
+        """Whether what was emitted before can be gone on with."""
+        if not self.resumed:
+            return ""
+        if type(self.resumed) is not tuple or len(self.resumed) != self.n:
+            return f"resumed: must be a tuple of {self.n}, one for each continuation"
+        if not self.num_open:
+            return "resumed: every continuation has ended"
+        for tokens in self.resumed:
+            if tokens is None:
+                continue
+            if type(tokens) is not tuple or not set(map(type, tokens)) <= {int}:
+                return "resumed: must hold tuples of token ids, or None"
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                return f"resumed: token ids must be in 0 … {vocab_size - 1}"
+            if len(tokens) >= self.max_new_tokens:
+                return f"resumed: {len(tokens)} tokens leave none of {self.max_new_tokens}"
         return ""
 
 
