@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,12 @@ def test_the_devices_there_are() -> None:
 def test_every_device_is_complete(name: str) -> None:
     device = get_known_device(name)
     assert device.name == name
-    assert device.source
+    numbers = ["memory_bytes", "memory_bandwidth", "link_bandwidth", "host_bandwidth", "rates"]
+    priced = ["hourly_price"] if device.hourly_price else []
+    assert [key for key, _ in device.sources] == numbers + priced
+    assert all(re.search("https://|PCI Express", source) for _, source in device.sources)
     assert device.memory_bytes >= 16e9
     assert device.link_bandwidth >= device.host_bandwidth >= 16e9
-    assert device.hourly_price > 0
     assert device.get_rate("fp32") < device.get_rate("f16") < device.get_rate("int8")
 
 
@@ -54,6 +57,17 @@ def test_every_device_is_complete(name: str) -> None:
 def test_where_arithmetic_overtakes_memory(name: str, flops_per_byte: int) -> None:
     device = get_known_device(name)
     assert round(device.get_rate("f16") / device.memory_bandwidth) == flops_per_byte
+
+
+def test_an_a100_has_two_ridges_because_it_has_two_memories() -> None:
+    ridges = [get_known_device(name).get_ridge("f16") for name in ("a100-80gb", "a100-40gb")]
+    assert [round(each) for each in ridges] == [153, 201]
+
+
+def test_a_price_says_where_and_when_it_was_read() -> None:
+    prices = [dict(get_known_device(name).sources).get("hourly_price") for name in KNOWN]
+    assert all(re.search(r"20\d\d-\d\d-\d\d", price) for price in prices if price)
+    assert prices.count(None) == 3
 
 
 def test_a_name_is_known_in_any_case() -> None:
@@ -82,7 +96,7 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('name = "mine"', "", "'name' must be a text, not None"),
-        ("memory_bytes", "memory_byte", "'memory_byte' is unknown; there are name, source"),
+        ("memory_bytes", "memory_byte", "'memory_byte' is unknown; there are name, memory_bytes"),
         ("2e9", "-1", "'memory_bandwidth' must be a positive number, not -1"),
         ("2e9", "inf", "'memory_bandwidth' must be a positive number, not inf"),
         ("2e9", "nan", "'memory_bandwidth' must be a positive number, not nan"),
@@ -91,6 +105,7 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         ("fp32", "fp31", "'fp31' in 'rates' is unknown; there are fp32, bf16"),
         ("[rates]\nfp32 = 3e9", "", "'rates' must be a table"),
         ("[rates]", "hourly_price = -2\n[rates]", "'hourly_price' must be a number, 0 or more"),
+        ("[rates]", "[sources]\nrate = 'x'\n[rates]", "'rate' in 'sources' is no number"),
         ("[rates]", "[rates", "is no TOML file"),
     ],
 )

@@ -30,7 +30,8 @@ class DeviceSpec:
     memory_bytes: for weights and KV together. features: instruction set extensions, for reports.
     link_bandwidth: bytes per second that one device sends to its peers, host_bandwidth: to or from
     host memory, each in one direction; 0 where there is none. hourly_price: US dollars for one
-    device, an assumption. source: where the numbers are published.
+    device, an example of a list price; 0 where none is known. sources: for the numbers, by the name
+    they have in the file, where each is published.
     """
 
     name: str
@@ -42,7 +43,7 @@ class DeviceSpec:
     link_bandwidth: float = 0.0
     host_bandwidth: float = 0.0
     hourly_price: float = 0.0
-    source: str = ""
+    sources: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.memory_bandwidth > 0
@@ -56,6 +57,11 @@ class DeviceSpec:
                 return rate
         known = ", ".join(name for name, _ in self.rates)
         raise ValueError(f"{self.name} has no rate for {arithmetic} arithmetic, only for: {known}")
+
+    def get_ridge(self, arithmetic: str) -> float:
+        """Operations a byte from which on arithmetic takes longer than memory (Williams et al.
+        2009, §3); ValueError as `get_rate`."""
+        return self.get_rate(arithmetic) / self.memory_bandwidth
 
     def has_rate(self, arithmetic: str) -> bool:
         """True when the device computes in `arithmetic`."""
@@ -100,7 +106,7 @@ def _read_device(path: Path | Traversable) -> DeviceSpec:
         raise DeviceError(f"{path}: is no TOML file: {error}") from None
     numbers = ("memory_bytes", "memory_bandwidth")
     optional = ("link_bandwidth", "host_bandwidth", "hourly_price")
-    known = ("name", "source", *numbers, *optional, "rates")
+    known = ("name", *numbers, *optional, "rates", "sources")
     for key in values:
         if key not in known:
             raise DeviceError(f"{path}: key {key!r} is unknown; there are {', '.join(known)}")
@@ -111,6 +117,12 @@ def _read_device(path: Path | Traversable) -> DeviceSpec:
         if key not in ARITHMETIC:
             hint = f"there are {', '.join(ARITHMETIC)}"
             raise DeviceError(f"{path}: arithmetic {key!r} in 'rates' is unknown; {hint}")
+    sources = values.get("sources", {})
+    if not isinstance(sources, dict):
+        raise DeviceError(f"{path}: key 'sources' must be a table of texts")
+    for key in sources:
+        if key not in (*numbers, *optional, "rates"):
+            raise DeviceError(f"{path}: {key!r} in 'sources' is no number of a device")
     link, host, price = (_get_number(path, {key: 0, **values}, key, least=0) for key in optional)
     return DeviceSpec(
         name=_get_text(path, values, "name"),
@@ -121,7 +133,7 @@ def _read_device(path: Path | Traversable) -> DeviceSpec:
         link_bandwidth=link,
         host_bandwidth=host,
         hourly_price=price,
-        source=_get_text(path, {"source": "", **values}, "source"),
+        sources=tuple((key, _get_text(path, sources, key)) for key in sources),
     )
 
 
