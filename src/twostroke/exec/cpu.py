@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from twostroke.errors import UnsupportedModel
 from twostroke.exec.floats import Ropes
-from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
+from twostroke.exec.local import RUNNER_PARTS, Draws, RunnerInfo, RunnerSizes
 from twostroke.exec.weights import load_weights
 from twostroke.kernels.cpu.recorder import LANES, Recorder
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector
@@ -21,6 +21,13 @@ from twostroke.weights.packed import PackedFiles
 from twostroke.weights.tensor import HostTensor
 
 MAX_LOGIT_ROWS = 64
+# By an op's name; all others are elementwise.
+_PARTS_OF = {
+    **dict.fromkeys(("q", "k", "v", "o"), "projections"),
+    **dict.fromkeys(("attention", "merge", "write_kv"), "attention"),
+    **dict.fromkeys(("gate", "up", "down", "gated"), "ffn"),
+    "draw": "sampling",
+}
 
 
 class CpuRunner:
@@ -70,6 +77,7 @@ class CpuRunner:
         )
         self._ropes = Ropes(spec, tensors, sizes)
         self._logits = record(spec, self._program, weights, self._ropes.tables)
+        self._program.number_parts(number_parts([name for name, _ in self._program.take_times()]))
         self._backend = f"cpu ({kernels_name(isa)})"
         self._weight_bytes = sum(
             weight.bytes if isinstance(weight, PackedMatrix) else weight.values.nbytes
@@ -114,6 +122,26 @@ class CpuRunner:
         """Nanoseconds each recorded op took since the last call, in order of the pass."""
         times: list[tuple[str, int]] = self._program.take_times()
         return times
+
+    def take_part_ns(self) -> list[int]:
+        """Nanoseconds of RUNNER_PARTS since the last call."""
+        times: list[int] = self._program.take_part_times()
+        return times
+
+
+def number_parts(ops: Sequence[str]) -> list[int]:
+    """For each op of a program by name, in order, the place of its part in RUNNER_PARTS.
+
+    Taking the rows that need logits begins the head, whatever its ops are.
+    """
+    numbers, in_head = [], False
+    for op in ops:
+        in_head = in_head or op == "take_rows"
+        part = _PARTS_OF.get(op.split("+")[0], "elementwise")
+        if in_head and part != "sampling":
+            part = "head"
+        numbers.append(RUNNER_PARTS.index(part))
+    return numbers
 
 
 def record(

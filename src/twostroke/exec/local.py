@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,12 @@ from twostroke.exec.batch import Batch, BatchBuilder
 from twostroke.exec.sampling import build_results
 from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
 from twostroke.spec.kv import KvElement
+from twostroke.spec.step import STEP_PARTS
 
 _log = logging.getLogger(__name__)
+
+# What a runner's own time is divided into.
+RUNNER_PARTS = STEP_PARTS[1:-2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,16 @@ class StepTimes:
     rows: int
 
 
+@runtime_checkable
+class TimedRunner(Protocol):
+    """A Runner that knows where its time goes.
+
+    `take_part_ns` gives nanoseconds of each of RUNNER_PARTS since the last call.
+    """
+
+    def take_part_ns(self) -> Sequence[int]: ...
+
+
 class LocalExecutor:
     """Runs plans on the thread that calls `run_pending` (see core.ports.Executor).
 
@@ -115,6 +129,7 @@ class LocalExecutor:
         self._closed = False
         self._arrays_ns = self._compute_ns = self._results_ns = 0  # of this `run_pending`
         self._watch: Callable[[StepTimes], None] | None = None
+        self._take_part_ns = runner.take_part_ns if isinstance(runner, TimedRunner) else None
         self._host: NDArray[np.uint8] | None = None
 
     @property
@@ -160,6 +175,8 @@ class LocalExecutor:
             except Exception as error:  # noqa: BLE001 outermost frame: every plan is answered
                 _log.exception("step %d failed", plan.step)
                 answer = ExecutorLost(f"step {plan.step} failed: {type(error).__name__}: {error}")
+                if self._take_part_ns is not None:
+                    self._take_part_ns()  # no part of the next step
             on_done(answer)
         return self._arrays_ns, self._compute_ns, self._results_ns
 
@@ -198,7 +215,15 @@ class LocalExecutor:
             run_ns, call_ns = end_ns - begin_ns, computed_ns - built_ns
             tokens = batch.step.tokens.size
             self._watch(StepTimes(begin_ns, run_ns, call_ns, tokens, len(plan.rows)))
-        return StepOutcome(plan.step, results, end_ns - begin_ns)
+        part_ns = self._divide(built_ns - begin_ns, computed_ns - built_ns, end_ns - computed_ns)
+        return StepOutcome(plan.step, results, end_ns - begin_ns, part_ns=part_ns)
+
+    def _divide(self, arrays_ns: int, call_ns: int, results_ns: int) -> tuple[int, ...]:
+        """The step's time by STEP_PARTS; () when the runner cannot tell where its own has gone."""
+        if self._take_part_ns is None:
+            return ()
+        own = self._take_part_ns()
+        return (arrays_ns, *own, call_ns - sum(own), results_ns)
 
     def _move_blocks(self, plan: StepPlan) -> None:
         """Moves and copies the blocks of a plan, in the order it promises."""
