@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -39,8 +40,13 @@ class Bench:
         self.ended: list[bool] = []
         tokenizer = Tokenizer.from_vocabulary(make_vocabulary())
         self.book = RequestBook(tokenizer, self.metrics, self.count_delivery)
-        request = Request("r", (1, 2, 3, 4), 100, n=n)
-        self.state = RequestState(request, TextRules(tokenizer, stops, skip), self.take)
+        self.request = Request("r", (1, 2, 3, 4), 100, n=n)
+        self.rules = TextRules(tokenizer, stops, skip)
+        self.resume(())
+
+    def resume(self, resumed: tuple[tuple[int, ...] | None, ...]) -> None:
+        """Open the request, of which an earlier run emitted this."""
+        self.state = RequestState(replace(self.request, resumed=resumed), self.rules, self.take)
         self.book.open(self.state, 10)
 
     def count_delivery(self) -> None:
@@ -221,3 +227,44 @@ def test_aborting_ends_every_open_request_and_decodes_nothing() -> None:
     bench.book.deliver()
     assert bench.ended == [True]
     assert bench.metrics.get_stats().ended["failed"] == 1
+
+
+@pytest.mark.parametrize("at", range(9))
+@pytest.mark.parametrize("skip", [True, False])
+def test_text_goes_on_where_an_earlier_run_stopped(at: int, skip: bool) -> None:
+    # A character of three bytes and a stop string, either of which the cut may go through.
+    tokens = "a€bEND".encode()
+    whole = Bench(stops=("END",), skip=skip)
+    whole.emit(tokens)
+    whole.book.deliver()
+    before, after = Bench(stops=("END",), skip=skip), Bench(stops=("END",), skip=skip)
+    before.emit(tokens[:at])
+    before.book.deliver()
+    if at == len(tokens):
+        assert before.get_text() == whole.get_text()
+        return
+    after.resume((tuple(tokens[:at]),))
+    assert after.emit(tokens[at:]) == [0]
+    after.book.deliver()
+    assert before.get_text() + after.get_text() == whole.get_text() == "a€b"
+    assert after.get_tokens() == list(tokens[at:])
+
+
+def test_what_had_ended_before_is_not_spoken_of() -> None:
+    bench = Bench(n=2)
+    bench.resume((None, tuple(b"a")))
+    bench.emit(b"b", index=1)
+    bench.end(Finished("length"), index=1)
+    bench.book.deliver()
+    assert [(delta.index, delta.text) for delta in bench.deltas] == [(1, "b")]
+    assert bench.ended == [True]
+
+
+def test_each_token_has_its_part_of_the_text() -> None:
+    bench = Bench(stops=("bc",))
+    bench.emit("a€b".encode())
+    bench.book.deliver()
+    bench.end(Finished("length"))
+    bench.book.deliver()
+    assert bench.deltas[0].token_texts == ("a", "", "", "€", "")
+    assert (bench.deltas[1].text, bench.deltas[1].token_texts) == ("b", ())

@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from twostroke.core.types import Ending, TokenLogprob
@@ -38,6 +38,8 @@ from twostroke.text.tokenizer import Tokenizer
 # its continuations, is prepared off the event loop.
 MUCH_TEXT = 2000
 
+Resumed = tuple[tuple[int, ...] | None, ...]
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -49,6 +51,7 @@ class _Pending:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     ending: Ending | None = None
+    token_texts: list[str] = field(default_factory=list)
 
 
 class _Channel:
@@ -72,6 +75,7 @@ class _Channel:
             pending.logprobs.extend(delta.logprobs)
             pending.prompt_logprobs = pending.prompt_logprobs or delta.prompt_logprobs
             pending.ending = delta.ending
+            pending.token_texts.extend(delta.token_texts)
         self.has_ended = ended
         self._arrived.set()
 
@@ -92,6 +96,7 @@ class _Channel:
             logprobs=tuple(pending.logprobs),
             prompt_logprobs=pending.prompt_logprobs,
             ending=pending.ending,
+            token_texts=tuple(pending.token_texts),
         )
 
     def drop(self) -> None:
@@ -239,12 +244,15 @@ class AsyncLLM:
         priority: int = 0,
         add_special: bool = True,
         sender: Sender = NOBODY,
+        resumed: Resumed = (),
     ) -> RequestStream:
         """Check and queue one request; it runs from here on, whether its stream is read or not.
 
         prompt: text or token ids. request_id: fresh when not given. priority: smaller runs first.
         add_special: False for a text from `render_chat`, which has its special tokens already.
         sender: whose share of the engine it takes, and whose cached prefixes it may reuse.
+        resumed: what an earlier run emitted of each continuation (see Request.resumed); with the
+        same prompt, parameters and seed, what comes is the rest of that run.
         Raises InvalidRequest, InvalidParameter, PromptTooLong or EngineClosed.
         """
         service = self._service
@@ -256,6 +264,8 @@ class AsyncLLM:
         def prepare() -> RequestState:
             tokens = service.encode(prompt, add_special=add_special)
             request = service.make_request(own, fresh_id, tokens, priority, sender)
+            if resumed:
+                request = replace(request, resumed=resumed)
             return service.make_state(request, own, sink)
 
         state = await asyncio.to_thread(prepare) if _has_much_text(prompt, own) else prepare()

@@ -36,8 +36,9 @@ class OutputDelta:
 
     index: which of the n. text: safe to show (whole characters, nothing a stop string may hide).
     tokens and logprobs: newly emitted, in order; they may run ahead of text. token_bytes: for
-    each token, the bytes it stands for. prompt_logprobs: once, with the first delta, when asked.
-    ending: set on the last delta of this continuation, else None.
+    each token, the bytes it stands for. token_texts: for each token, the part of text that it made
+    safe to show; what is left of text came with the ending. prompt_logprobs: once, with the first
+    delta, when asked. ending: set on the last delta of this continuation, else None.
     """
 
     index: int
@@ -47,6 +48,7 @@ class OutputDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     ending: Ending | None = None
+    token_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

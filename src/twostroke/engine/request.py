@@ -53,7 +53,10 @@ class TextRules:
 
 @dataclass(slots=True, eq=False)
 class _Continuation:
-    """One of the n; the lists hold what was emitted and not yet delivered."""
+    """One of the n; the lists hold what was emitted and not yet delivered.
+
+    text: what each token made safe to show, as far as they are decoded.
+    """
 
     id: SequenceId
     decoder: StreamDecoder
@@ -84,17 +87,23 @@ class _Continuation:
         """Record the ending; a completed stop string goes before whatever else ended it."""
         self.ending = Finished("stop") if self.stopped else ending
 
-    def take_text(self) -> str:
-        """The text that became safe to show since the last call."""
+    def prime(self, tokens: tuple[int, ...]) -> None:
+        """What an earlier run emitted comes before; it was shown then, and is not shown again."""
+        for token in tokens:
+            self._feed(token)
+        self.stopped = self.decoder.stopped
+        self.text.clear()
+
+    def take_text(self) -> tuple[str, tuple[str, ...]]:
+        """The text that became safe to show since the last call, and each token's part of it."""
         if self.num_decoded < len(self.tokens):
             for token in self.tokens[self.num_decoded :]:
                 self._feed(token)
             self.num_decoded = len(self.tokens)
-        if self.ending is not None and not self.stopped:
-            self.text.append(self.decoder.finish())
-        text = "".join(self.text)
+        parts = tuple(self.text)
         self.text.clear()
-        return text
+        rest = self.decoder.finish() if self.ending is not None and not self.stopped else ""
+        return "".join(parts) + rest, parts
 
     def _decode_until_stop(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         for count, token in enumerate(tokens, start=1):
@@ -105,8 +114,7 @@ class _Continuation:
         return tokens
 
     def _feed(self, token: int) -> None:
-        if token < self.num_texts:
-            self.text.append(self.decoder.feed(token))
+        self.text.append(self.decoder.feed(token) if token < self.num_texts else "")
 
 
 class RequestState:
@@ -131,7 +139,12 @@ class RequestState:
             )
             for index in range(request.n)
         ]
-        self.num_live = request.n
+        self.num_live = request.num_open
+        for one, resumed in zip(self.continuations, request.resumed, strict=False):
+            if resumed is None:
+                one.is_closed = True
+            else:
+                one.prime(resumed)
         self.prompt_scored: tuple[TokenLogprob, ...] = ()
         self.submitted_ns = 0
         self.first_planned_ns = 0
@@ -172,10 +185,11 @@ class RequestState:
         for one in self.continuations:
             if one.is_closed or not (one.tokens or one.ending or self.prompt_scored):
                 continue
+            text, token_texts = one.take_text()
             deltas.append(
                 OutputDelta(
                     index=one.id.index,
-                    text=one.take_text(),
+                    text=text,
                     tokens=tuple(one.tokens),
                     token_bytes=tuple(
                         [
@@ -186,6 +200,7 @@ class RequestState:
                     logprobs=tuple(one.logprobs),
                     prompt_logprobs=self.prompt_scored,
                     ending=one.ending,
+                    token_texts=token_texts,
                 )
             )
             self.prompt_scored = ()
@@ -329,4 +344,4 @@ class RequestBook:
         if not state.num_live:
             state.ended_ns = now_ns
             del self._live[state.request.id]
-            self._metrics.record_ended(state.how_ended, state.timings, state.request.n)
+            self._metrics.record_ended(state.how_ended, state.timings, state.request.num_open)
