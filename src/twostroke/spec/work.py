@@ -1,4 +1,5 @@
-"""The only FLOP and byte formulas: what one step of a model computes, reads and writes.
+"""The only FLOP and byte formulas: what one step of a model computes, reads and writes. What ranks
+of a sharded model do of it, and send each other, is in `sharded_work.py`.
 
 Loader, planner, engine, benchmarks and simulator all divide by these numbers, so nothing else may
 count work. Counted is what any exact implementation must do; a multiply-add is two operations.
@@ -184,7 +185,8 @@ class ModelWork:
     elementwise_ops: operations a token. embed_row_bytes: one row of the embedding as stored.
     windows: (window, layers that have it), num_layers: of all windows. pair_ops: of one query with
     one key in one layer, for all heads. kv_layer_bytes: K and V of one token in one layer.
-    expert_bytes: of all experts of all layers, which weight_bytes leaves out.
+    expert_bytes: of all experts of all layers, which weight_bytes leaves out. expert_ranks: so many
+    ranks' tokens come to these experts, each as many as are counted.
     """
 
     matrix_ops: tuple[tuple[str, str, int], ...]
@@ -198,6 +200,7 @@ class ModelWork:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_bytes: int = 0
+    expert_ranks: int = 1
 
     def get_expert_bytes(self, tokens: int) -> int:
         """Bytes of the experts that a step of `tokens` tokens is expected to read.
@@ -208,7 +211,7 @@ class ModelWork:
         if not self.expert_bytes:
             return 0
         missed = 1 - self.experts_per_token / self.num_experts
-        return round(self.expert_bytes * (1 - missed**tokens))
+        return round(self.expert_bytes * (1 - missed ** (tokens * self.expert_ranks)))
 
     def get_step_work(self, shape: StepShape) -> StepWork:
         """Work of one step, all parts; a head that nobody needs costs nothing."""
@@ -242,25 +245,34 @@ class ModelWork:
         for part, arithmetic, per_token in self.matrix_ops:
             ops[part][arithmetic] += per_token * (sampled if part == "head" else tokens)
         ops["elementwise"]["fp32"] += self.elementwise_ops * tokens
-        ops["attention"]["fp32"] += self.pair_ops * totals.pairs
-        kv_read = self.kv_layer_bytes * totals.keys
-        kv_written = self.kv_layer_bytes * self.num_layers * tokens
+        attention = self.get_attention_work(totals)
         read = {name: weight_bytes.get(name, 0) if tokens else 0 for name in PARTS}
         read["ffn"] += self.get_expert_bytes(tokens)
         read["embed"] = self.embed_row_bytes * tokens
-        read["attention"] = kv_read
         if not sampled:
             read["head"] = 0
         parts = tuple(
-            PartWork(
+            attention
+            if name == "attention"
+            else PartWork(
                 name,
                 tuple((kind, count) for kind, count in sorted(ops[name].items()) if count),
                 read[name],
-                kv_written if name == "attention" else 0,
             )
             for name in PARTS
         )
-        return StepWork(parts, kv_read, kv_written)
+        return StepWork(parts, attention.bytes_read, attention.bytes_written)
+
+    def get_attention_work(self, totals: StepTotals) -> PartWork:
+        """Work of the attention part alone: the only one that depends on more than the numbers of
+        tokens and of logits."""
+        ops = self.pair_ops * totals.pairs
+        return PartWork(
+            "attention",
+            (("fp32", ops),) if ops else (),
+            self.kv_layer_bytes * totals.keys,
+            self.kv_layer_bytes * self.num_layers * totals.tokens,
+        )
 
 
 def get_model_work(spec: ModelSpec, kv_element: KvElement = KvElement.F16) -> ModelWork:
