@@ -273,3 +273,13 @@ def check_nothing_is_kept(policies: Policies) -> None:
         assert len(policies.accounts._near) <= 3
     if isinstance(policies.pace, TargetPace):
         assert len(policies.pace._decodes) <= 3
+
+
+def test_a_newcomer_with_one_token_to_compute_takes_its_share_of_the_budget() -> None:
+    driver = make_driver(pace="fixed", fixed_tokens=6)
+    for number in range(12):
+        driver.submit(Request(f"r{number}", (number,), 1))
+    plan = driver.plan()
+    assert isinstance(plan, StepPlan)
+    assert plan.num_tokens == 6
+    driver.drain()

@@ -134,14 +134,18 @@ class StepBuilder:
         self._placements.append(placement)
         self._tokens_left -= len(row.tokens)
 
-    def _place(self, sequence: Sequence, limit: int) -> None:
-        """Add the next row of `sequence`, unless this step preempted it, as far as all allows."""
+    def _place(self, sequence: Sequence, limit: int, is_new: bool = False) -> None:
+        """Add the next row of `sequence`, unless this step preempted it, as far as all allows.
+
+        is_new: admitted in this step, so the room does not know of it yet.
+        """
         if limit < 1 or not self._has_room() or sequence.state is not State.RUNNING:
             return
         start, table, source = sequence.planned, sequence.table, None
         is_decode, place = sequence.gap <= 1, start // self._config.block_tokens
         arrives = sequence.kept.host != () and start == sequence.kept.hosted
-        if is_decode and place < len(table) and not table.is_shared(place) and not self._drafts:
+        plain = is_decode and not (is_new or self._drafts)
+        if plain and place < len(table) and not table.is_shared(place):
             self._add(Placement(sequence, sequence.build_row(1), 0, None, arrives), start + 1)
             return
         wanted = 1 if is_decode else sequence.get_chunk(min(limit, self._tokens_left))
@@ -158,7 +162,7 @@ class StepBuilder:
         table.grow(grown)
         row = sequence.build_row(count, drafts)
         self._add(Placement(sequence, row, grown, source, arrives), end)
-        if self._room is not None and not (is_decode and end == start + 1):
+        if self._room is not None and (is_new or not (is_decode and end == start + 1)):
             self._room.add(start, end - start)
 
     def _draft_tokens(self, sequence: Sequence) -> tuple[Token, ...]:
@@ -276,4 +280,4 @@ class StepBuilder:
             self._slack = None
             if self._room is not None:
                 self._room.newcomers -= 1
-            self._place(head, limit)
+            self._place(head, limit, is_new=True)

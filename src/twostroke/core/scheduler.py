@@ -148,10 +148,9 @@ class Scheduler:
 
         Raises `ExecutorLost`, with nothing changed, when `outcome` does not answer its plan.
         """
-        flight = self._find_flight(outcome.step)
-        if flight is None:
-            raise ExecutorLost(f"step {outcome.step} is not in flight")
-        assert flight is self._flights[0], f"step {outcome.step} answered before an earlier one"
+        flight = self._flights[0] if self._flights else None
+        if flight is None or flight.plan.step != outcome.step:
+            raise ExecutorLost(f"step {outcome.step} is not the first in flight")
         check_outcome(outcome, flight.plan, self.config.vocab_size)
         self._flights.popleft()
         updates, self._pending = self._pending, []
