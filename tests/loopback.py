@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,14 @@ class Running:
 
     url: str
     engine: ScriptedLLM
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Fails when `condition` has not come true after a time that no working server needs."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @contextlib.contextmanager

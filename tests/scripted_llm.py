@@ -79,7 +79,7 @@ class ScriptedStream:
         self._started = self._ended = False
         self.request_id = request_id
         self.prompt_tokens: tuple[int, ...] = ()
-        self.timings = RequestTimings(0, 0, 0, 0, 0, 0, engine.cached_tokens, 0)
+        self.timings = replace(engine.timings, cached_tokens=engine.cached_tokens)
 
     def __aiter__(self) -> ScriptedStream:
         return self
@@ -133,6 +133,7 @@ class ScriptedLLM:
         self.refusal: Exception | None = None  # raised by submit
         self.dead: str | None = None
         self.cached_tokens = 0
+        self.timings = RequestTimings(0, 0, 0, 0, 0, 0, 0, 0)
         self.seen: list[tuple[Any, SamplingParams, int]] = []
         self.senders: list[Sender] = []
         self.waiting = 0  # what `load` says of others
@@ -196,7 +197,11 @@ class ScriptedLLM:
                 yield delta
 
     def render_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         if messages[0]["role"] == "tool":
             raise TemplateError("a conversation cannot begin with a tool's answer")

@@ -15,6 +15,7 @@ import pytest
 
 from loopback import Running, run_server
 from scripted_llm import MODEL, ScriptedLLM
+from twostroke.server.limits import Limits
 from twostroke.server.settings import ServerSettings
 
 
@@ -22,7 +23,7 @@ from twostroke.server.settings import ServerSettings
 def shared_server() -> Iterator[Running]:
     """One server for all tests that leave it as it was."""
     engine = ScriptedLLM()
-    settings = ServerSettings(aliases=("also-scripted",), max_body_bytes=2**20)
+    settings = ServerSettings(aliases=("also-scripted",), limits=Limits(body_bytes=2**20))
     with run_server(engine, settings) as url:
         yield Running(url, engine)
 

@@ -221,7 +221,6 @@ ROUTES = [
             ("GET", "/v1/models/a%2Fb%00", 404),
             ("POST", COMPLETIONS + "/", 404),
             ("GET", "/docs", 404),
-            ("GET", "/openapi.json", 404),
         )
     ),
 ]

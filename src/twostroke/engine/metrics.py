@@ -71,13 +71,27 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """What the scheduler holds after a step: continuations, KV blocks, preemptions so far."""
+    """What the scheduler holds, and what it has counted since the start.
+
+    running, waiting: continuations. kv_blocks_used: held by somebody; cached: hold a named prefix,
+    held or not. held_tokens: with KV in held blocks, a shared one counted for each holder.
+    preemptions: all; swaps: of these, KV moved to host memory. prefix_queries, prefix_hits: prompt
+    tokens looked up in the prefix cache, and found. drafted, accepted: speculated tokens.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     preemptions: int = 0
+    kv_blocks_cached: int = 0
+    block_tokens: int = 0
+    held_tokens: int = 0
+    swaps: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,8 @@ class EngineStats:
 
     ended: requests by how they ended, keys `ENDINGS`. live: accepted and not yet ended.
     prompt_tokens and generation_tokens: computed as prompt, and emitted. inter_token: time between
-    two emissions of one continuation. part_seconds: the life of the engine's thread, by
+    two emissions of one continuation. drafts: rows of steps that held speculated tokens.
+    part_seconds: the life of the engine's thread, by
     `parts.PARTS`. tpot: per request, first token to end over the tokens after
     the first of a continuation. queue, prefill, decode and e2e: per request, submitted → first
     planned → first token → ended, and the whole.
@@ -101,6 +116,7 @@ class EngineStats:
     generation_tokens: int
     executor_losses: int
     steps: int
+    drafts: int
     part_seconds: dict[str, float]
     step_seconds: HistogramData
     step_tokens: HistogramData
@@ -119,7 +135,7 @@ class EngineMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._submitted = self._rejected = self._losses = self._steps = 0
-        self._prompt_tokens = self._generation_tokens = 0
+        self._prompt_tokens = self._generation_tokens = self._drafts = 0
         self._ended = dict.fromkeys(ENDINGS, 0)
         self._gauges = Gauges()
         self._part_ns: dict[str, int] = {}
@@ -152,10 +168,14 @@ class EngineMetrics:
             self._submitted += 1
             self._rejected += 1
 
-    def record_step(self, step_tokens: int, prompt_tokens: int, duration_ns: int) -> None:
-        """One step was committed: tokens it computed, those of them prompt, and its time."""
+    def record_step(
+        self, step_tokens: int, prompt_tokens: int, duration_ns: int, drafts: int = 0
+    ) -> None:
+        """One step was committed: tokens it computed, those of them prompt, its time, and rows
+        with speculated tokens."""
         with self._lock:
             self._steps += 1
+            self._drafts += drafts
             self._prompt_tokens += prompt_tokens
             self._new_steps.append((step_tokens, duration_ns))
             if len(self._new_steps) >= _STEPS_KEPT:
@@ -224,6 +244,7 @@ class EngineMetrics:
                 generation_tokens=self._generation_tokens,
                 executor_losses=self._losses,
                 steps=self._steps,
+                drafts=self._drafts,
                 part_seconds={name: ns / 1e9 for name, ns in self._part_ns.items()},
                 step_seconds=self._step_seconds.get_data(),
                 step_tokens=self._step_tokens.get_data(),

@@ -150,6 +150,7 @@ class _EngineWork:
     def record_gauges(self) -> None:
         """Note what is only read when asked for; these are plain counts, so any thread may ask."""
         scheduler = self._parts.scheduler
+        memory = scheduler.memory
         total = scheduler.config.num_blocks
         self._metrics.set_gauges(
             Gauges(
@@ -157,7 +158,15 @@ class _EngineWork:
                 waiting=scheduler.num_waiting,
                 kv_blocks_used=total - scheduler.num_free_blocks,
                 kv_blocks_total=total,
-                preemptions=scheduler.memory.num_preemptions,
+                preemptions=memory.num_preemptions,
+                kv_blocks_cached=memory.num_cached_blocks,
+                block_tokens=scheduler.config.block_tokens,
+                held_tokens=scheduler.num_held_tokens,
+                swaps=memory.num_swaps,
+                prefix_queries=memory.prompt_tokens,
+                prefix_hits=memory.cached_tokens,
+                drafted=scheduler.num_drafted,
+                accepted=scheduler.num_accepted,
             ),
             self._loop.parts.get_totals(),
         )

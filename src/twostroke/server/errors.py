@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -27,7 +30,9 @@ from twostroke.errors import (
     ExecutorLost,
     InvalidParameter,
     InvalidRequest,
+    Overloaded,
     PromptTooLong,
+    SlowReader,
     TemplateError,
     TwostrokeError,
     UnknownModel,
@@ -39,11 +44,13 @@ logger = logging.getLogger("twostroke.server")
 
 EVENT_STREAM = "text/event-stream"
 CLIENT_GONE_STATUS = 499  # nobody reads it: the connection is closed
+_HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _HTTP_CODES = {
     404: "not_found",
     405: "method_not_allowed",
     413: "body_too_large",
+    414: "path_too_long",
     415: "unsupported_media_type",
 }
 
@@ -96,6 +103,11 @@ def describe_error(error: Exception, request_id: str) -> ErrorReply:
             return _refuse(message)
         case UnknownModel():
             return ErrorReply(404, message, "invalid_request_error", "model", "model_not_found")
+        case Overloaded():
+            wait = {"retry-after": str(math.ceil(error.retry_after_s))}
+            return ErrorReply(429, message, "rate_limit_error", code=error.limit, headers=wait)
+        case SlowReader():
+            return ErrorReply(408, message, "invalid_request_error", code="slow_reader")
         case EngineClosed() | ExecutorLost():
             return ErrorReply(503, message, "server_error", code="engine_unavailable")
         case TwostrokeError():
@@ -125,12 +137,18 @@ def get_request_id(request: Request) -> str:
     return str(request.scope.get("twostroke.request_id", "unknown"))
 
 
+def note_refusal(request: Request, reply: ErrorReply) -> None:
+    """Remember why a request was turned away, for its line in the log and for the counts."""
+    request.scope["twostroke.refusal"] = reply.code or reply.type
+
+
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientGone | ClientDisconnect):
         return Response(status_code=CLIENT_GONE_STATUS)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, _name_route(request, error), error.headers)
     reply = describe_error(error, get_request_id(request))
+    note_refusal(request, reply)
     if reply.status >= 500:
         logger.error("request %s: %s: %s", get_request_id(request), type(error).__name__, error)
     return reply.to_response()
@@ -146,28 +164,38 @@ def _name_route(request: Request, error: HTTPException) -> str:
     return f"there is no {path} here; see /v1/models, /v1/completions, /v1/chat/completions"
 
 
+# Told of every request that is over: its scope, the status sent (None where nobody was there any
+# more to send one to), and the seconds it took.
+OnDone = Callable[[Scope, int | None, float], None]
+
+
 class ErrorBoundary:
     """The outermost frame of every HTTP request: gives it an id and answers what nothing else did.
 
     It stands outside the framework's own exception handling, so that an unexpected exception is
-    logged once, with the id, and answered in the one error shape.
+    logged once, with the id, and answered in the one error shape. An id that the client sent is
+    kept where it is harmless in a log.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_done: OnDone) -> None:
         self._app = app
+        self._on_done = on_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one ASGI scope; only HTTP is given an id."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req-{uuid.uuid4().hex}"
+        request_id = _choose_id(Request(scope))
         scope["twostroke.request_id"] = request_id
+        started_s = time.monotonic()
         media_type: str | None = None  # of the response, once it has started
+        status: int | None = None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal media_type
+            nonlocal media_type, status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 media_type = headers.get("content-type", "")
@@ -183,10 +211,19 @@ class ErrorBoundary:
             elif media_type.startswith(EVENT_STREAM):
                 event = reply.to_event()
                 await send({"type": "http.response.body", "body": event, "more_body": False})
+        finally:
+            seen = None if status == CLIENT_GONE_STATUS else status
+            self._on_done(scope, seen, time.monotonic() - started_s)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Give `app` the error shape for every refusal; mutates it."""
+def _choose_id(request: Request) -> str:
+    sent = request.headers.get("x-request-id", "")
+    return sent if _HARMLESS_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+
+
+def install_error_handlers(app: FastAPI, on_done: OnDone) -> None:
+    """Give `app` the error shape for every refusal, and say what became of each request; mutates
+    it. Middleware that is added later stands outside, where errors are not answered."""
     for kind in (
         TwostrokeError,
         HTTPException,
@@ -195,4 +232,4 @@ def install_error_handlers(app: FastAPI) -> None:
         ClientDisconnect,
     ):
         app.add_exception_handler(kind, _answer)
-    app.add_middleware(ErrorBoundary)
+    app.add_middleware(ErrorBoundary, on_done=on_done)

@@ -1,26 +1,28 @@
 """Runs the application on a socket until it is told to stop.
 
-Owns the listening socket, the signals and the order of the end: no new connections, time for
-running requests to finish, then the engine is closed, which ends what is left with an error, and
-only then does the call return. One process; the engine has its own thread.
+Owns the listening socket, the signals and the order of the end: nothing new is taken on, running
+requests have time to finish, then the engine is closed, which ends what is left with an error that
+says so, and only then does the call return. One process; the engine has its own thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.config import LOGGING_CONFIG
 
 from twostroke.errors import InvalidParameter
 from twostroke.server.app import create_app
+from twostroke.server.limits import Traffic
+from twostroke.server.protocol import build_protocol
 from twostroke.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ Ready = Callable[[str, int], None]
 
 # Time for replies to end after the engine has been closed under them.
 _CLOSING_S = 5
+_SEND_BUFFER_BYTES = 128 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,6 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     settings: ServerSettings = field(default_factory=ServerSettings)
-    access_log: bool = False
     grace_s: float = 10.0
 
 
@@ -65,8 +67,17 @@ async def serve(
     stop = stop or asyncio.Event()
     try:
         with listen(options.host, options.port) as listener, _stop_on_signals(stop):
-            server = uvicorn.Server(_configure(engine, options))
-            stopper = asyncio.ensure_future(_stop(server, engine, stop, options.grace_s))
+            traffic = Traffic()
+            server = uvicorn.Server(_configure(engine, options, traffic))
+
+            async def stop_when_told() -> None:
+                await stop.wait()
+                traffic.is_draining = True
+                server.should_exit = True
+                await asyncio.sleep(options.grace_s)
+                await asyncio.to_thread(engine.close)
+
+            stopper = asyncio.ensure_future(stop_when_told())
             try:
                 if ready is not None:
                     ready(options.host, listener.getsockname()[1])
@@ -78,27 +89,23 @@ async def serve(
         await asyncio.to_thread(engine.close)
 
 
-def _configure(engine: AsyncLLM, options: ServeOptions) -> uvicorn.Config:
-    # Without an access log the caller's logging is left as it is; problems still reach stderr.
+def _configure(engine: AsyncLLM, options: ServeOptions, traffic: Traffic) -> uvicorn.Config:
+    # Logging is the caller's to set up (logs.py); requests have a line of ours there.
+    limits = options.settings.limits
+    protocol: Any = build_protocol(limits, traffic)
     return uvicorn.Config(
-        create_app(engine, options.settings),
-        access_log=options.access_log,
-        log_config=LOGGING_CONFIG if options.access_log else None,
-        log_level="info" if options.access_log else "warning",
+        create_app(engine, options.settings, traffic),
+        http=protocol,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
         lifespan="off",
         ws="none",
+        proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=math.ceil(limits.idle_s),
         timeout_graceful_shutdown=int(options.grace_s) + _CLOSING_S,
     )
-
-
-async def _stop(
-    server: uvicorn.Server, engine: AsyncLLM, stop: asyncio.Event, grace_s: float
-) -> None:
-    await stop.wait()
-    server.should_exit = True
-    await asyncio.sleep(grace_s)
-    await asyncio.to_thread(engine.close)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,6 +126,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise _cannot_listen(host, port, error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Left to itself the system keeps megabytes for each that is slow.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:

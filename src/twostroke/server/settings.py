@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from starlette.types import Scope
 
 from twostroke.errors import UnknownModel
 from twostroke.server.body import shorten
+from twostroke.server.keys import Key
+from twostroke.server.limits import Limits
 
 if TYPE_CHECKING:
     from twostroke.engine.async_llm import AsyncLLM
 
 
+class RequestTracer(Protocol):
+    """Told of every request that is over, to keep a trace of it; see server/tracing.py."""
+
+    def record(self, scope: Scope, status: int | None, seconds: float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """aliases: further names the model answers to. max_body_bytes: longest request body."""
+    """aliases: further names the model answers to. keys: who is let in; none lets everybody in.
+    facts: whatever the exact output depends on beside the model's description, as text."""
 
     aliases: tuple[str, ...] = ()
-    max_body_bytes: int = 8 * 2**20
+    limits: Limits = field(default_factory=Limits)
+    keys: tuple[Key, ...] = ()
+    facts: str = ""
+    tracer: RequestTracer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +66,7 @@ def describe_served(engine: AsyncLLM, settings: ServerSettings) -> Served:
         engine_version = version("twostroke")
     except PackageNotFoundError:  # run from a source tree that was never installed
         engine_version = "unknown"
-    facts = f"{engine.model_name}|{engine_version}|{engine.spec!r}"
+    facts = f"{engine_version}|{engine.spec!r}|{settings.facts}"
     return Served(
         engine=engine,
         settings=settings,

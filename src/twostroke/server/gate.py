@@ -1,0 +1,65 @@
+"""The gate: nothing behind it is reached without a key, where keys are asked for.
+
+Owns which paths are open and what a refusal looks like. It stands before routing, so a route that
+is added later is behind it without anybody thinking of it, and an unknown path tells nothing. A
+request that passes carries its key; its limits are held until its answer is complete.
+"""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from twostroke.errors import TwostrokeError
+from twostroke.server.errors import ErrorReply, describe_error, get_request_id, note_refusal
+from twostroke.server.keys import Key, KeyRing
+from twostroke.server.limits import Admission
+
+# Said to whoever asks: whether the process works, and nothing about what it does.
+OPEN_PATHS = frozenset({"/health"})
+
+_WRONG_KEY = ErrorReply(
+    401,
+    "send a valid key in the header `Authorization: Bearer KEY`",
+    "invalid_request_error",
+    code="invalid_api_key",
+    headers={"www-authenticate": "Bearer"},
+)
+
+
+class Gate:
+    """The middleware that checks keys and counts requests against them."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, admission: Admission) -> None:
+        self._app = app
+        self._keys = keys
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it here."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        key = self._keys.find(request.headers.get("authorization"))
+        if len(self._keys) and key is None:
+            note_refusal(request, _WRONG_KEY)
+            await _WRONG_KEY.to_response()(scope, receive, send)
+            return
+        scope["twostroke.key"] = key
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            with self._admission.count(key):
+                await self._app(scope, receive, send)
+        except TwostrokeError as error:
+            reply = describe_error(error, get_request_id(request))
+            note_refusal(request, reply)
+            await reply.to_response()(scope, receive, send)
+
+
+def get_key(request: Request) -> Key | None:
+    """The key a request came with; None where none is asked for."""
+    key: Key | None = request.scope.get("twostroke.key")
+    return key

@@ -1,0 +1,229 @@
+"""/openapi.json: what may be sent to each route, and what comes back.
+
+Bodies are described by the models that check them, so the document cannot promise what a check
+refuses; answers by schemas kept here. It keeps true that every route of the application is in it:
+a test asks the application. What a schema cannot say (a model's name, a token id below the
+vocabulary's size) is answered with a 4xx that is in the document too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from twostroke.server.schemas import IGNORED, ChatFields, CommonFields, CompletionFields
+from twostroke.server.settings import Served
+from twostroke.server.tokens import DetokenizeFields, TokenizeFields
+
+Schema = dict[str, Any]
+
+_REFUSALS = {
+    400: "the request cannot be served as it stands",
+    401: "no valid key",
+    404: "no such model, object or path",
+    408: "the request did not arrive, or its answer was not read, in time",
+    413: "the body is too large",
+    415: "the body is not application/json",
+    429: "a limit is reached; Retry-After says when to ask again",
+    500: "the request failed",
+    503: "the engine is not available",
+}
+_OF_GET = (400, 401, 404, 503)
+
+_TEXT: Schema = {"type": "string"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": _TEXT,
+                "type": _TEXT,
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def _describe_object(required: Mapping[str, Schema], **optional: Schema) -> Schema:
+    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
+
+
+def _describe_list(of: Schema) -> Schema:
+    return {"type": "array", "items": of}
+
+
+_USAGE = _describe_object(
+    {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT},
+    prompt_tokens_details=_describe_object({"cached_tokens": _COUNT}),
+)
+_SECONDS: Schema = {"type": "number", "minimum": 0}
+_TIMINGS = _describe_object(
+    {
+        "queued_s": _SECONDS,
+        "prefill_s": _SECONDS,
+        "decode_s": _SECONDS,
+        "prefill_tokens": _COUNT,
+        "decode_tokens": _COUNT,
+        "cached_tokens": _COUNT,
+        "preemptions": _COUNT,
+    }
+)
+_MODEL = _describe_object(
+    {"id": _TEXT, "object": _TEXT, "created": _COUNT, "owned_by": _TEXT},
+    root=_TEXT,
+    max_model_len=_COUNT,
+)
+_HEALTH = _describe_object({"status": _TEXT})
+
+
+def _describe_reply(choice: Schema) -> Schema:
+    """A completion's reply, of either API."""
+    return _describe_object(
+        {
+            "id": _TEXT,
+            "object": _TEXT,
+            "created": _COUNT,
+            "model": _TEXT,
+            "choices": _describe_list(choice),
+            "usage": _USAGE,
+        },
+        system_fingerprint=_TEXT,
+        timings=_TIMINGS,
+    )
+
+
+_COMPLETION = _describe_reply(_describe_object({"index": _COUNT, "text": _TEXT}))
+_CHAT = _describe_reply(_describe_object({"index": _COUNT, "message": {"type": "object"}}))
+
+
+def build_openapi(served: Served) -> Schema:
+    """The document of one server, an OpenAPI 3.1 object."""
+    secured = bool(served.settings.keys)
+    paths = _describe_paths()
+    document: Schema = {
+        "openapi": "3.1.0",
+        "info": {"title": "twostroke", "version": served.version},
+        "paths": paths,
+        "components": {"schemas": {"Error": _ERROR}},
+    }
+    if secured:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        paths["/health"]["get"]["security"] = []
+    return document
+
+
+def _describe_paths() -> dict[str, dict[str, Schema]]:
+    return {
+        "/v1/models": {"get": _get("The models served here", _describe_models())},
+        "/v1/models/{name}": {"get": _get_model()},
+        "/v1/completions": {
+            "post": _post(
+                "Continue a text", _merge(CommonFields, CompletionFields), _COMPLETION, streams=True
+            )
+        },
+        "/v1/chat/completions": {
+            "post": _post(
+                "Answer a conversation", _merge(CommonFields, ChatFields), _CHAT, streams=True
+            )
+        },
+        "/tokenize": {"post": _post("A text's tokens", _merge(TokenizeFields), _TOKENS)},
+        "/detokenize": {
+            "post": _post(
+                "The text of tokens", _merge(DetokenizeFields), _describe_object({"prompt": _TEXT})
+            )
+        },
+        "/health": {"get": _get("Whether the engine works", _HEALTH)},
+        "/ready": {"get": _get("Whether to send requests here", _HEALTH)},
+        "/metrics": {"get": _get("Prometheus metrics", _TEXT, media_type="text/plain")},
+        "/openapi.json": {"get": _get("This document", {"type": "object"})},
+    }
+
+
+_TOKENS = _describe_object(
+    {
+        "count": _COUNT,
+        "max_model_len": _COUNT,
+        "tokens": _describe_list(_COUNT),
+        "token_strs": {"type": ["array", "null"], "items": _TEXT},
+    }
+)
+
+
+def _describe_models() -> Schema:
+    return _describe_object({"object": _TEXT, "data": _describe_list(_MODEL)})
+
+
+def _get_model() -> Schema:
+    name = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
+    return {**_get("One model", _MODEL), "parameters": [name]}
+
+
+def _get(summary: str, reply: Schema, media_type: str = "application/json") -> Schema:
+    return {"summary": summary, "responses": _describe_responses(reply, media_type, _OF_GET)}
+
+
+def _post(summary: str, body: Schema, reply: Schema, streams: bool = False) -> Schema:
+    responses = _describe_responses(reply, "application/json", tuple(_REFUSALS))
+    if streams:
+        responses["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+    content = {"application/json": {"schema": body}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": content},
+        "responses": responses,
+    }
+
+
+def _describe_responses(reply: Schema, media_type: str, refusals: Sequence[int]) -> Schema:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    refused = {
+        str(status): {"description": _REFUSALS[status], "content": error} for status in refusals
+    }
+    served = {"description": "done", "content": {media_type: {"schema": reply}}}
+    return {"200": served, **refused}
+
+
+def _merge(*models: type[BaseModel]) -> Schema:
+    """One closed object with the fields of all `models`, each of which may also be null."""
+    properties: Schema = {}
+    required: list[str] = []
+    definitions: Schema = {}
+    for model in models:
+        schema = model.model_json_schema()
+        properties.update(schema["properties"])
+        required += schema.get("required", [])
+        definitions.update(schema.get("$defs", {}))
+    for name in properties.keys() - set(required):
+        properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+    if CommonFields in models:
+        properties.update({name: {} for name in sorted(IGNORED)})
+        properties["user"] = {"type": ["string", "null"], "maxLength": 256}
+    return _inline(
+        {
+            "type": "object",
+            "properties": properties,
+            "required": required,
+            "additionalProperties": False,
+        },
+        definitions,
+    )
+
+
+def _inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """`schema` with what it refers to in its place; no body here refers to itself."""
+    if isinstance(schema, list):
+        return [_inline(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(value, definitions) for name, value in schema.items()}
