@@ -23,21 +23,23 @@ from twostroke.core.types import (
 )
 from twostroke.exec.rank_wire import (
     Close,
-    Decoder,
-    GroupEnd,
-    GroupGone,
     Message,
     RankEnd,
     StepLost,
     WriteKv,
+    decode,
     encode,
+    open_group_end,
 )
+from twostroke.exec.step_wire import Decoder, PeerGone
 
-SAMPLING = SamplingSpec(0.5, 3, 0.9, 0.1, 1.5, 0.2, 0.3, 2**63 + 1, ((4, -1.5), (9, 2.0)), 4)
+SAMPLING = SamplingSpec(0.5, 3, 0.9, 0.1, 1.5, 0.2, 0.3, 2**63 + 1, ((4, -1.5), (9, 2.0)), 4, "g")
 PLAN = StepPlan(
     7,
     (
-        Row(SequenceId("a", 1), (3, 4, 5), 17, (9, 2), SAMPLING, (1, 2, 3), 2, 2, (4, 5), 3),
+        Row(
+            SequenceId("a", 1), (3, 4, 5), 17, (9, 2), SAMPLING, (1, 2, 3), 2, 2, (4, 5), 3, b"\x07"
+        ),
         Row(SequenceId("b", 0), (PENDING,), 0, (1,), SamplingSpec()),
         Row(SequenceId("c", 0), (5, 6), 0, (3,), None),
     ),
@@ -70,7 +72,7 @@ def test_the_samples_fill_every_field() -> None:
 @pytest.mark.parametrize("piece", [1, 7, 4096])
 def test_messages_come_out_as_they_went_in_however_they_are_cut(piece: int) -> None:
     stream = b"".join(map(encode, MESSAGES))
-    decoder = Decoder()
+    decoder = Decoder(decode)
     found = []
     for start in range(0, len(stream), piece):
         found += decoder.feed(stream[start : start + piece])
@@ -84,7 +86,7 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(piece: int) -> N
 
 
 def test_a_sequence_and_its_sampling_are_the_same_objects_in_every_plan() -> None:
-    first, second = Decoder().feed(encode(PLAN) + encode(replace(PLAN, step=8)))
+    first, second = Decoder(decode).feed(encode(PLAN) + encode(replace(PLAN, step=8)))
     assert isinstance(first, StepPlan)
     assert isinstance(second, StepPlan)
     for row, next_row in zip(first.rows, second.rows, strict=True):
@@ -95,7 +97,7 @@ def test_a_sequence_and_its_sampling_are_the_same_objects_in_every_plan() -> Non
 def test_what_a_rank_does_not_take_is_kept_for_it() -> None:
     own, theirs = socket.socketpair()
     with theirs, ThreadPoolExecutor(1) as pool:
-        end, rank = GroupEnd(own), RankEnd(theirs)
+        end, rank = open_group_end(own), RankEnd(theirs)
         big = WriteKv(bytes(3_000_000), (1,))
         end.send(encode(big))
         end.send(encode(make_plan(1, 5)))
@@ -109,7 +111,7 @@ def test_what_a_rank_does_not_take_is_kept_for_it() -> None:
 
 def test_each_end_hears_when_the_other_is_gone() -> None:
     own, theirs = socket.socketpair()
-    end, rank = GroupEnd(own), RankEnd(theirs)
+    end, rank = open_group_end(own), RankEnd(theirs)
     rank.send(Close())
     assert end.receive() == [Close()]
     assert end.receive() == []
@@ -121,5 +123,5 @@ def test_each_end_hears_when_the_other_is_gone() -> None:
     end.close()
     own, theirs = socket.socketpair()
     own.close()
-    with theirs, pytest.raises(GroupGone):
+    with theirs, pytest.raises(PeerGone):
         RankEnd(theirs).receive()

@@ -14,7 +14,7 @@ import sys
 import time
 
 from twostroke import errors
-from twostroke.exec.rank_wire import Broken, GroupEnd
+from twostroke.exec.rank_wire import Broken, open_group_end
 from twostroke.spec.ranks import RankPlace
 
 # argv: the socket's descriptor, and where the group's interpreter finds modules.
@@ -42,7 +42,7 @@ class RankProcess:
                 process_group=0,
             )
         self.place = place
-        self.end = GroupEnd(own)
+        self.end = open_group_end(own)
 
     @property
     def name(self) -> str:

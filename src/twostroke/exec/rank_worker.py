@@ -24,7 +24,6 @@ from twostroke.exec.rank_wire import (
     Begin,
     Broken,
     Close,
-    GroupGone,
     KvBytes,
     RankContext,
     RankEnd,
@@ -33,6 +32,7 @@ from twostroke.exec.rank_wire import (
     StepLost,
     WriteKv,
 )
+from twostroke.exec.step_wire import PeerGone
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def serve(end: RankEnd) -> int:
         end.send(Ready(executor.describe()))
         _run(end, executor, begin.context.place.is_sampling)
         executor.close()
-    except GroupGone:
+    except PeerGone:
         return 1
     except Exception as error:  # noqa: BLE001 outermost frame: the group hears why a rank ends
         _log.exception("a rank cannot go on")
@@ -109,7 +109,7 @@ def _answer(end: RankEnd, is_sampling: bool, step: int, answer: StepAnswer) -> N
         elif is_sampling:
             assert isinstance(answer, StepOutcome)
             end.send(answer)
-    except GroupGone:
+    except PeerGone:
         pass  # the main thread, or the one that watches, ends the process
 
 
