@@ -37,9 +37,9 @@ def test_the_parts_sum_to_the_time_that_passed() -> None:
     parts = PartTimes(now)
     for _ in range(300):
         marks = [now := now + chooser.randrange(50) for _ in range(4)]
-        parts.note_pump(
-            (marks[0], marks[1], marks[2], marks[3]), chooser.choice((INBOX, WAIT, IDLE))
-        )
+        parts.begin_pump(marks[0])
+        assert sum(parts.get_values()) == marks[0] - 1000
+        parts.note_pump((marks[1], marks[2], marks[3]), chooser.choice((INBOX, WAIT, IDLE)))
         if chooser.random() < 0.7:
             split = (chooser.randrange(20), chooser.randrange(20), chooser.randrange(20))
             now += sum(split) + chooser.randrange(30)

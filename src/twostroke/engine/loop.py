@@ -191,7 +191,7 @@ class EngineLoop:
     def pump(self) -> None:
         """Take in the answers, start what can be started, then let the listener deliver."""
         now_ns = self._clock.now_ns
-        begin_ns = now_ns()
+        self.parts.begin_pump(now_ns())
         self._take_answers()
         if self._policy.step_deadline_ns is not None:
             self._check_deadline()
@@ -200,7 +200,7 @@ class EngineLoop:
         planned_ns = now_ns()
         self._listener.deliver()
         until_next = INBOX if self._inbox else WAIT if self._in_flight else IDLE
-        self.parts.note_pump((begin_ns, answered_ns, planned_ns, now_ns()), until_next)
+        self.parts.note_pump((answered_ns, planned_ns, now_ns()), until_next)
 
     def lend_thread(self) -> None:
         """Let an executor without a thread run, on this one, the steps that `pump` has started.

@@ -12,12 +12,44 @@ from twostroke.core.types import Ending, Finished, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
+class RequestAccount:
+    """What became of a request's time, in nanoseconds that sum to the time from its submission.
+
+    queued_ns: until it was first planned. prefill_ns: in its prompt's steps, its share of them by
+    tokens. decode_ns: in its decode steps. others_ns: in either, for other requests' prompts.
+    python_ns: in the engine around those steps, waiting for an executor elsewhere included.
+    waited_ns: planned before, with no row in the steps that ran.
+
+    prefill_floor_ns, decode_floor_ns: the least time for the work of prefill_ns, and of decode_ns
+    (all decodes of a step together); 0 where nobody knows the machine's limits.
+    """
+
+    queued_ns: int
+    prefill_ns: int
+    decode_ns: int
+    others_ns: int
+    python_ns: int
+    waited_ns: int
+    prefill_floor_ns: int
+    decode_floor_ns: int
+
+    @property
+    def limit_share(self) -> float | None:
+        """The least time of its work over the time from its submission; None where unknown."""
+        floor_ns = self.prefill_floor_ns + self.decode_floor_ns
+        parts = (self.queued_ns, self.prefill_ns, self.decode_ns, self.others_ns)
+        life_ns = sum(parts) + self.python_ns + self.waited_ns
+        return floor_ns / life_ns if floor_ns and life_ns else None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestTimings:
     """Nanoseconds on the engine's clock; zero until the event happened.
 
     prefill_tokens: prompt tokens computed up to the first emitted token. decode_tokens: emitted, by
     all continuations. cached_tokens: of the prompt, not computed because their KV was there.
     first_planned_ns … first_token_ns is the prefill, first_token_ns … ended_ns the decode.
+    account: where the time went, once it has ended.
     """
 
     submitted_ns: int
@@ -28,6 +60,7 @@ class RequestTimings:
     decode_tokens: int
     cached_tokens: int
     preemptions: int
+    account: RequestAccount | None = None
 
 
 @dataclass(frozen=True, slots=True)

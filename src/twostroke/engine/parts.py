@@ -28,15 +28,24 @@ class PartTimes:
         self._last_ns = now_ns
         self._next = IDLE
 
-    def note_pump(self, marks_ns: tuple[int, int, int, int], until_next: int) -> None:
-        """A round of the loop: its begin, and when answers, plan and delivery were done.
+    @property
+    def last_ns(self) -> int:
+        """Up to when the time was noted."""
+        return self._last_ns
+
+    def begin_pump(self, begin_ns: int) -> None:
+        """A round of the loop begins: what came before it is noted."""
+        self._totals[self._next] += begin_ns - self._last_ns
+        self._last_ns = begin_ns
+
+    def note_pump(self, marks_ns: tuple[int, int, int], until_next: int) -> None:
+        """The round of the loop that had begun: when answers, plan and delivery were done.
 
         until_next: the part that the time until the next round belongs to.
         """
         totals = self._totals
-        begin_ns, answered_ns, planned_ns, end_ns = marks_ns
-        totals[self._next] += begin_ns - self._last_ns
-        totals[COMMIT] += answered_ns - begin_ns
+        answered_ns, planned_ns, end_ns = marks_ns
+        totals[COMMIT] += answered_ns - self._last_ns
         totals[PLAN] += planned_ns - answered_ns
         totals[DELIVER] += end_ns - planned_ns
         self._last_ns = end_ns
@@ -55,6 +64,10 @@ class PartTimes:
         totals[INBOX] += end_ns - self._last_ns - arrays_ns - compute_ns - results_ns
         self._last_ns = end_ns
         self._next = INBOX
+
+    def get_values(self) -> tuple[int, ...]:
+        """Nanoseconds in the order of PARTS; they sum to the time up to `last_ns`."""
+        return tuple(self._totals)
 
     def get_totals(self) -> dict[str, int]:
         """Nanoseconds by name, in the order of PARTS; they sum to the time noted so far."""
