@@ -13,6 +13,8 @@ PYTHON ?= python3
 MODEL = smollm2-135m
 PROMPT = What is the capital of France, and what is it known for?
 export MODEL PROMPT
+SEEDS = 10000
+FROM = 0
 
 # The exact versions hold for what is installed and for what builds it, isolated builds included.
 export PIP_CONSTRAINT := constraints.txt
@@ -24,7 +26,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup run serve test check lint unit docs bench bench-gpu bench-peers clean
+.PHONY: help setup run serve test check lint unit dst docs bench bench-gpu bench-peers clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +59,10 @@ lint: setup
 unit: setup lint $(STAMPS)/torch
 	@echo "== tests: unit"
 	@$(BIN)/python -m pytest -m "not real_model and not slow"
+
+# Seeds are independent: SEEDS and FROM choose them, SEED replays one and prints all that happens.
+dst: setup  ## Simulate SEEDS (10000) random worlds of arrivals and faults under every law; SEED=n replays one.
+	@PYTHONPATH=tests $(BIN)/python -m dst $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --from $(FROM) --jobs 2)
 
 docs: setup  ## Write docs/reference/cli.md anew from the commands themselves.
 	@$(BIN)/python -m twostroke.cli.reference > docs/reference/cli.md

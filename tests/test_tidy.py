@@ -47,6 +47,7 @@ OUTERMOST_LOOPS = {
     "src/twostroke/exec/rank_worker.py": "the group hears why a rank ends",
     "src/twostroke/exec/local.py": "every plan is answered, also one that could not be computed",
     "src/twostroke/server/errors.py": "every HTTP request gets a reply",
+    "tests/dst.py": "a seed that fails is named, and costs the others nothing",
 }
 
 # Words of unfinished work, and the places of one machine. Written in pieces so that this file
