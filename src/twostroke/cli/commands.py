@@ -16,6 +16,7 @@ from typing import Any
 
 from twostroke.cli.options import (
     GenerateOptions,
+    KeyOptions,
     LoadOptions,
     MachineOptions,
     ModelOption,
@@ -102,6 +103,13 @@ def simulate(
     run_simulate(machine, load, scheduling, output)
 
 
+def key(options: KeyOptions) -> None:
+    """Make a key: its line for `serve --key-file` goes to stdout, the key itself to stderr."""
+    from twostroke.cli.keys import run_key
+
+    run_key(options)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -110,6 +118,7 @@ COMMANDS = {
     "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
+    "key": Command(key, (KeyOptions,)),
     "simulate": Command(
         simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)
     ),

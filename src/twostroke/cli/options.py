@@ -195,6 +195,21 @@ class ServeOptions:
     step_tokens: int | None = field(
         default=None, metadata=show("Token budget of one step.", default="512; on a GPU 2048")
     )
+    api_key: str | None = field(
+        default=None,
+        metadata=show(
+            "A key that every request but those to /health must present.",
+            metavar="KEY",
+            default="none: everybody is let in",
+        ),
+    )
+    key_file: str | None = field(
+        default=None,
+        metadata=show(
+            "Keys of several tenants, hashed, one a line; `twostroke key` makes them.",
+            metavar="FILE",
+        ),
+    )
     drafts: bool = field(
         default=False,
         metadata=show(
@@ -207,6 +222,23 @@ class ServeOptions:
             "Memory beside the KV pool for preempted sequences, such as 1GiB.",
             default="none: they are computed again",
         ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyOptions:
+    """Whose key to make."""
+
+    name: str = field(
+        metadata=show(
+            "The tenant that the key names: 1 to 64 of A-Z a-z 0-9 . _ -",
+            is_argument=True,
+            metavar="NAME",
+        )
+    )
+    rate: int | None = field(
+        default=None,
+        metadata=show("Most requests a minute.", least=1, most=999_999_999, default="no limit"),
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import sys
 
 from twostroke.cli import options
-from twostroke.cli.compose import build_engine
+from twostroke.cli.compose import BuiltEngine, build_engine
+from twostroke.cli.keys import gather_keys
 from twostroke.cli.settings import EngineSettings, get_machine_settings
 from twostroke.cli.summary import format_summary
 from twostroke.engine.async_llm import AsyncLLM
+from twostroke.server.logs import configure_logging
 from twostroke.server.serve import ServeOptions, run
+from twostroke.server.settings import ServerSettings
+from twostroke.server.tracing import build_tracer
+from twostroke.weights.digest import get_digest
 
 
 def run_serve(
@@ -19,6 +26,8 @@ def run_serve(
     on: options.MachineOptions,
 ) -> None:
     """Serve until told to stop. Raises TwostrokeError."""
+    keys = gather_keys(serving.api_key, serving.key_file)
+    configure_logging()
     built = build_engine(
         EngineSettings(
             model=model,
@@ -38,11 +47,43 @@ def run_serve(
     built.parts.tokenizer.prepare()
     print(format_summary(built), file=sys.stderr)
 
+    settings = ServerSettings(keys=keys, facts=describe_facts(built), tracer=build_tracer())
+    if not keys and not is_loopback(serving.host):
+        logging.getLogger("twostroke.server").warning(
+            "whoever reaches %s may use this server: set --api-key or --key-file", serving.host
+        )
+
     def announce(host: str, port: int) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"  serving on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
 
     try:
-        run(AsyncLLM(built.parts), ServeOptions(host=serving.host, port=serving.port), announce)
+        run(
+            AsyncLLM(built.parts),
+            ServeOptions(host=serving.host, port=serving.port, settings=settings),
+            announce,
+        )
     finally:
         built.model.close()
+
+
+def describe_facts(built: BuiltEngine) -> str:
+    """What an exact output depends on beside the model's description: the bytes of the weights,
+    the kernels with their instruction set, and how keys, values and weights are stored."""
+    settings = built.settings
+    facts = (
+        get_digest(built.model.identities),
+        built.parts.executor.describe().backend,
+        settings.kv_element.value,
+        settings.weights,
+        str(settings.exact),
+    )
+    return "|".join(facts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
