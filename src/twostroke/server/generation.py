@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected, TokenLogprob
 from twostroke.engine.outputs import OutputDelta, RequestTimings
@@ -95,14 +95,43 @@ class Submission:
     sender: Sender = NOBODY
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What an earlier process has done of a request: tokens emitted, and of each prompt how many
+    tokens were cached."""
+
+    emitted: int = 0
+    cached: Mapping[int, int] = field(default_factory=dict)
+
+
+class TokenStream(Protocol):
+    """One prompt's output; a RequestStream, or what is left of one that had ended."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def timings(self) -> RequestTimings: ...
+
+    @property
+    def closed_reason(self) -> str | None: ...
+
+    def cancel(self) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[OutputDelta]: ...
+
+
 class Generation:
     """The running streams of one API request."""
 
-    def __init__(self, streams: Sequence[RequestStream], submission: Submission) -> None:
+    def __init__(
+        self, streams: Sequence[TokenStream], submission: Submission, past: Past = Past()
+    ) -> None:
         self._streams = tuple(streams)
         self._n = submission.params.n
         self._prompt_only = submission.prompt_only
-        self._emitted = 0
+        self._emitted = past.emitted
+        self._cached = past.cached
         self._unread = 0  # tokens that arrived and were not taken
         self._is_over = False
         self._error: TwostrokeError | None = None
@@ -113,6 +142,11 @@ class Generation:
     def num_choices(self) -> int:
         """Continuations over all prompts."""
         return len(self._streams) * self._n
+
+    @property
+    def choices_each(self) -> int:
+        """Continuations of one prompt."""
+        return self._n
 
     def get_prompt_tokens(self, choice: int) -> tuple[int, ...]:
         """Token ids of the prompt that `choice` continues."""
@@ -128,7 +162,10 @@ class Generation:
     def get_usage(self) -> dict[str, Any]:
         """Token counts so far, in OpenAI's shape."""
         prompt = sum(len(stream.prompt_tokens) for stream in self._streams)
-        cached = sum(stream.timings.cached_tokens for stream in self._streams)
+        cached = sum(
+            self._cached.get(place, stream.timings.cached_tokens)
+            for place, stream in enumerate(self._streams)
+        )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._emitted,
@@ -291,7 +328,33 @@ def _join(deltas: Sequence[OutputDelta]) -> OutputDelta:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
         ending=deltas[-1].ending,
+        token_texts=tuple(text for delta in deltas for text in delta.token_texts),
     )
+
+
+def split_tokens(delta: OutputDelta) -> list[OutputDelta]:
+    """The same output as one delta a token, where the part of each in the text is known.
+
+    So what a stream is made of does not depend on what happened to arrive together.
+    """
+    count = len(delta.tokens)
+    if count < 2 or len(delta.token_texts) != count:
+        return [delta]
+    rest = delta.text[sum(map(len, delta.token_texts)) :]
+    parts = [
+        OutputDelta(
+            index=delta.index,
+            text=delta.token_texts[place],
+            tokens=delta.tokens[place : place + 1],
+            token_bytes=delta.token_bytes[place : place + 1],
+            logprobs=delta.logprobs[place : place + 1],
+            token_texts=delta.token_texts[place : place + 1],
+        )
+        for place in range(count)
+    ]
+    parts[0] = replace(parts[0], prompt_logprobs=delta.prompt_logprobs)
+    parts[-1] = replace(parts[-1], text=parts[-1].text + rest, ending=delta.ending)
+    return parts
 
 
 def _without_output(delta: OutputDelta) -> OutputDelta:
