@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dst_scene import Scene, draw_scene
@@ -98,14 +98,14 @@ def replay(seed: int) -> None:
     print(json.dumps({"seed": seed, **count(world)}))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dst", description="Deterministic simulation.")
     parser.add_argument("--seeds", type=int, default=10_000, help="how many to run")
     parser.add_argument("--from", dest="first", type=int, default=0, help="the first of them")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, help="run this one alone and print what happens")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.seed is not None:
         replay(asked.seed)
         return 0

@@ -6,7 +6,8 @@ and out alone, what the engine owes each request. A broken law is an AssertionEr
 - tokens: what a request gets is what it gives alone, each token once and in order, at the
   scheduler, and in what is delivered behind the stop strings.
 - endings: each continuation ends once, nothing follows, and no ending comes without its cause.
-- order: nobody who waits is overtaken but by whom the policy ranks before it.
+- order: nobody who waits is overtaken but by whom the policy ranks before it, and the first of
+  those that run is not preempted.
 - waiting: a request waits for at most as many committed steps, times the steps in flight, as those
   that may go before it have tokens: who was live when it came, and who overtook it. The first of
   them computes at least one token in every step, or has one in flight.
@@ -77,11 +78,10 @@ class Known:
     got: list[list[int]] = field(default_factory=list)
     endings: list[Ending | None] = field(default_factory=list)
 
-    @property
-    def work(self) -> int:
-        """Most tokens that all its continuations may compute."""
-        one = self.request
-        return one.n * (len(one.prompt) + one.max_new_tokens)
+    def get_work(self, context_tokens: int) -> int:
+        """Most tokens that its continuations compute, the prompt once."""
+        one, prompt = self.request, len(self.request.prompt)
+        return prompt + one.n * min(one.max_new_tokens, context_tokens - prompt)
 
 
 class Laws:
@@ -108,7 +108,8 @@ class Laws:
 
     def accept(self, request: Request, stop: int, now_ns: int) -> Known:
         """A request was accepted; its chains begin with the prompt."""
-        before = sum(one.work for one in self.live.values())
+        context = self._scene.config.context_tokens
+        before = sum(one.get_work(context) for one in self.live.values())
         known = Known(
             request, self.num_accepted, now_ns, stop, self.num_steps, before, request.n,
             got=[[] for _ in range(request.n)], endings=[None] * request.n,
@@ -147,6 +148,11 @@ class Laws:
         for row in plan.rows:
             if row.sequence.request in self.live:
                 self.live[row.sequence.request].losses = 0
+        for one in self.live.values():
+            waited = self.num_steps - one.steps
+            bound = self._scene.max_in_flight * (one.before + 1)
+            is_due = one.planned or waited <= bound
+            assert is_due, f"waiting: {one.request.id} for {waited} steps, of {bound}"
         self._book.step_committed(plan, outcome)
 
     def executor_lost(self, lost: ExecutorLost) -> None:
@@ -177,6 +183,7 @@ class Laws:
             else:
                 assert isinstance(update, Preempted)
                 self.num_preempted += 1
+                self._check_preempted(update.sequence)
         if not self._scheduler.num_running:
             self._batch.clear()
         stops = self._book.updated(updates, now_ns)
@@ -278,13 +285,25 @@ class Laws:
             least = scene.get_ranks(one.request, one.arrived_ns)[0], one.number
             for other in waiting:
                 if other.number < one.number:
-                    other.before += one.work
+                    other.before += one.get_work(scene.config.context_tokens)
                 if scene.get_lane(other.request) == lane:
                     most = scene.get_ranks(other.request, other.arrived_ns)[1], other.number
                     assert least < most, f"order: {one.request.id} overtook {other.request.id}"
-            waited = self.num_steps - one.steps
-            bound = scene.max_in_flight * (one.before + 1)
-            assert waited <= bound, f"waiting: {one.request.id} for {waited} steps, of {bound}"
+
+    def _check_preempted(self, id: SequenceId) -> None:
+        """Somebody who runs may go before whoever is preempted, so the first always proceeds."""
+        scene, one = self._scene, self.live[id.request]
+        most = scene.get_ranks(one.request, one.arrived_ns)[1], one.number
+        siblings = (self.told[SequenceId(id.request, at)] for at in range(id.index))
+        others = (
+            (scene.get_ranks(other.request, other.arrived_ns)[0], other.number)
+            for other in self.live.values()
+            if other.planned and other is not one
+        )
+        is_behind = any(told.ending is None for told in siblings) or any(
+            least < most for least in others
+        )
+        assert is_behind or scene.policies.order.changes, f"order: {id} was first and is preempted"
 
     def _check_pace(self, plan: StepPlan) -> None:
         """The limits that the named paces promise."""

@@ -40,7 +40,7 @@ from twostroke.sim.clock import NEVER_NS, VirtualClock
 from twostroke.sim.faults import ClockJumps, ExecutorDies, ExecutorSlows, Fault, StepDies
 from twostroke.text.tokenizer import Tokenizer
 
-MOST_EVENTS = 50_000
+MOST_EVENTS = 5_000
 
 
 @lru_cache
