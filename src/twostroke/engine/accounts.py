@@ -192,10 +192,7 @@ def divide_wall(
     fitting = executor_ns - room
     if part_ns and room:
         part_ns = _scale(part_ns, fitting)
-    if part_ns:
-        own = (*part_ns, 0)
-    else:
-        own = (*(0,) * len(STEP_PARTS), fitting)
+    own = (*part_ns, 0) if part_ns else (*((0,) * len(STEP_PARTS)), fitting)
     return (*own, *(left[index] for index in _KEPT))
 
 

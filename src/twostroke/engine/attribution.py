@@ -141,14 +141,14 @@ class Attribution:
             with self._lock:
                 self._count_notes()
 
-    def end_request(self, request: str, timings: RequestTimings) -> RequestTimings:
-        """The timings of a request that has ended now, with their account."""
+    def end_request(self, request: str, timings: RequestTimings) -> RequestAccount:
+        """The account of a request that has ended now."""
         with self._lock:
             self._count_notes()
             sums = self._live.pop(request, None) or _Sums()
-            done = _settle(timings, sums)
-            self._ended.append(EndedRequest(request, done))
-            return done
+            account = _settle(timings, sums)
+            self._ended.append(EndedRequest(request, replace(timings, account=account)))
+            return account
 
     # ---- questions, from any thread -------------------------------------------------------------
 
@@ -283,8 +283,8 @@ def _add_all(into: Counter[str], values: Iterable[tuple[str, float]]) -> None:
         into[name] += value  # type: ignore[assignment]
 
 
-def _settle(timings: RequestTimings, sums: _Sums) -> RequestTimings:
-    """Timings with an account that sums to the time from submission to end."""
+def _settle(timings: RequestTimings, sums: _Sums) -> RequestAccount:
+    """An account that sums to the time from submission to end."""
     life_ns = timings.ended_ns - timings.submitted_ns
     queued_ns = (timings.first_planned_ns or timings.ended_ns) - timings.submitted_ns
     left_ns = life_ns - queued_ns
@@ -294,7 +294,7 @@ def _settle(timings: RequestTimings, sums: _Sums) -> RequestTimings:
         spans.append(max(0, min(round(span), left_ns)))
         left_ns -= spans[-1]
     prefill_ns, decode_ns, others_ns, python_ns = spans
-    account = RequestAccount(
+    return RequestAccount(
         queued_ns=queued_ns,
         prefill_ns=prefill_ns,
         decode_ns=decode_ns,
@@ -304,4 +304,3 @@ def _settle(timings: RequestTimings, sums: _Sums) -> RequestTimings:
         prefill_floor_ns=round(sums.prefill_floor_ns),
         decode_floor_ns=round(sums.decode_floor_ns),
     )
-    return replace(timings, account=account)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from twostroke.engine.attribution import AttributionTotals
 from twostroke.engine.outputs import RequestTimings
 
 _SHORT_SECONDS = (
@@ -104,7 +105,8 @@ class EngineStats:
     part_seconds: the life of the engine's thread, by
     `parts.PARTS`. tpot: per request, first token to end over the tokens after
     the first of a continuation. queue, prefill, decode and e2e: per request, submitted → first
-    planned → first token → ended, and the whole.
+    planned → first token → ended, and the whole. attribution: what steps had to compute, and where
+    their time went.
     """
 
     submitted: int
@@ -127,6 +129,7 @@ class EngineStats:
     prefill_seconds: HistogramData
     decode_seconds: HistogramData
     e2e_seconds: HistogramData
+    attribution: AttributionTotals | None = None
 
 
 class EngineMetrics:

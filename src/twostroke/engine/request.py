@@ -27,8 +27,9 @@ from twostroke.core.types import (
     TokensEmitted,
     Update,
 )
+from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineMetrics
-from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.engine.outputs import OutputDelta, RequestAccount, RequestTimings
 from twostroke.errors import ExecutorLost
 from twostroke.text.stream import StreamDecoder
 from twostroke.text.tokenizer import Tokenizer
@@ -154,6 +155,7 @@ class RequestState:
         self.decode_tokens = 0
         self.cached_tokens = 0
         self.preemptions = 0
+        self.account: RequestAccount | None = None
 
     @property
     def timings(self) -> RequestTimings:
@@ -167,6 +169,7 @@ class RequestState:
             decode_tokens=self.decode_tokens,
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
+            account=self.account,
         )
 
     @property
@@ -214,12 +217,18 @@ class RequestState:
 class RequestBook:
     """The LoopListener of the engine: turns updates into deltas, timings and metrics.
 
-    on_delivered: called after each delivery that had anything in it, once.
+    on_delivered: called after each delivery that had anything in it, once. attribution: keeps the
+    accounts of steps and requests; None keeps none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, metrics: EngineMetrics, on_delivered: Callable[[], None]
+        self,
+        tokenizer: Tokenizer,
+        metrics: EngineMetrics,
+        on_delivered: Callable[[], None],
+        attribution: Attribution | None = None,
     ) -> None:
+        self._attribution = attribution
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._on_delivered = on_delivered
@@ -239,6 +248,8 @@ class RequestBook:
 
     def step_started(self, plan: StepPlan, now_ns: int) -> None:
         """Note when each request was first planned, and what of it needed no computing."""
+        if self._attribution is not None:
+            self._attribution.note_started(plan.step, now_ns)
         for row in plan.rows:
             state = self._live[row.sequence.request]
             if not state.first_planned_ns:
@@ -247,6 +258,8 @@ class RequestBook:
 
     def step_committed(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Count the step, and the prompt tokens it computed."""
+        if self._attribution is not None:
+            self._attribution.note_committed(plan, outcome)
         step_tokens = prompt_tokens = 0
         for row in plan.rows:
             step_tokens += len(row.tokens)
@@ -344,4 +357,6 @@ class RequestBook:
         if not state.num_live:
             state.ended_ns = now_ns
             del self._live[state.request.id]
+            if self._attribution is not None:
+                state.account = self._attribution.end_request(state.request.id, state.timings)
             self._metrics.record_ended(state.how_ended, state.timings, state.request.num_open)

@@ -19,13 +19,16 @@ from typing import Any
 from twostroke.core.ports import Clock, Executor
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import Rejected, Request
+from twostroke.engine.attribution import Attribution
 from twostroke.engine.loop import EngineLoop, LoopPolicy
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
 from twostroke.engine.params import ModelLimits, SamplingParams, to_request
 from twostroke.engine.request import RequestBook, RequestState, Sink, TextRules
 from twostroke.engine.thread import EngineThread
 from twostroke.errors import InvalidParameter, InvalidRequest, PromptTooLong, TemplateError
+from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
+from twostroke.spec.work import ModelWork, get_model_work
 from twostroke.text.chat import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
@@ -63,7 +66,8 @@ NOBODY = Sender()
 class EngineParts:
     """What the composition root puts together to make an engine.
 
-    ttft_ns: target for the first token of every request; 0 for none.
+    ttft_ns: target for the first token of every request; 0 for none. limits: of this machine, for
+    the floors of steps; None counts none.
     """
 
     spec: ModelSpec
@@ -75,6 +79,7 @@ class EngineParts:
     model_name: str
     policy: LoopPolicy = field(default_factory=LoopPolicy)
     ttft_ns: int = 0
+    limits: DeviceSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +184,12 @@ class EngineService:
         self.parts = parts
         self._metrics = EngineMetrics()
         self._thread = EngineThread()
-        book = RequestBook(parts.tokenizer, self._metrics, on_delivered)
+        self.attribution = Attribution(_count_work(parts), parts.limits)
+        book = RequestBook(parts.tokenizer, self._metrics, on_delivered, self.attribution)
         self._loop = EngineLoop(
             parts.scheduler, parts.executor, parts.clock, book, parts.policy, self._thread.wake
         )
+        self.attribution.follow(self._loop.parts)
         self._work = _EngineWork(parts, self._loop, book, self._metrics)
         self._limits = ModelLimits(
             stop_ids=parts.tokenizer.stop_ids,
@@ -283,7 +290,7 @@ class EngineService:
     def get_stats(self) -> EngineStats:
         """Counters and histograms so far."""
         self._work.record_gauges()
-        return self._metrics.get_stats()
+        return replace(self._metrics.get_stats(), attribution=self.attribution.get_totals())
 
     @property
     def closed_reason(self) -> str | None:
@@ -306,6 +313,13 @@ class EngineService:
     def close(self) -> None:
         """Fail what is live, close the executor and wait for the thread; again does nothing."""
         self._thread.stop()
+
+
+def _count_work(parts: EngineParts) -> ModelWork:
+    """The model's counts, with keys and values of the size that its executor keeps them in."""
+    work, info = get_model_work(parts.spec), parts.executor.describe()
+    positions = info.num_blocks * info.block_tokens * parts.spec.num_layers
+    return replace(work, kv_layer_bytes=info.kv_bytes // positions)
 
 
 def cancel_submitted(service: EngineService, future: Submitted) -> None:
