@@ -130,7 +130,6 @@ def test_two_requests_in_one_write_are_both_answered(quick: Running) -> None:
     "raw",
     [
         b"nonsense\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 100_000,
         b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
@@ -150,7 +149,7 @@ def test_what_is_no_http_is_400(quick: Running, raw: bytes) -> None:
 def test_a_client_that_reads_nothing_is_closed_and_its_request_ended(
     quick: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quick.engine.reply = "a word " * 50_000
+    quick.engine.reply = "a word " * 5_000
     with connect(quick) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(ask(stream=True, max_tokens=1_000_000))
@@ -159,7 +158,7 @@ def test_a_client_that_reads_nothing_is_closed_and_its_request_ended(
         assert httpx.post(f"{quick.url}{COMPLETIONS}", json={"model": MODEL, "prompt": "b"}).json()
         wait_until(lambda: not quick.engine.live)
         wait_until(lambda: count_connections(quick) <= 1)
-    assert "read too little" in caplog.text or "not read" in caplog.text
+    assert "read too little" in caplog.text
 
 
 def test_a_client_that_reads_a_whole_answer_late_gets_it(quick: Running) -> None:

@@ -49,6 +49,8 @@ def tokenize(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidParameter("prompt", "send either a prompt or messages")
     if fields.messages is not None:
+        if not fields.messages:
+            raise InvalidParameter("messages", "is empty; send at least one message")
         text = served.engine.render_chat(
             [to_template_message(each) for each in fields.messages],
             add_generation_prompt=fields.add_generation_prompt,

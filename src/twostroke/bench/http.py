@@ -1,0 +1,234 @@
+"""What the HTTP layer costs: `python -m twostroke.bench.http [MODEL]`.
+
+Two measurements. On one core, a server over a simulated executor whose steps take no time, and how
+many tokens a second it streams. Then a real model, one engine for both: the same requests given to
+it directly and over HTTP, in turn, and the ratio of their rates. The client only counts bytes and
+looks for the end of each stream, in a process of its own; its work is part of what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from twostroke.cli.compose import build_engine
+from twostroke.cli.scheduling import build_scheduling
+from twostroke.cli.settings import EngineSettings
+from twostroke.core.types import Row, Token
+from twostroke.engine.async_llm import AsyncLLM
+from twostroke.engine.clock import MonotonicClock
+from twostroke.engine.params import SamplingParams
+from twostroke.engine.service import EngineParts
+from twostroke.errors import EngineError
+from twostroke.exec.simulated import SimulatedExecutor
+from twostroke.server.serve import ServeOptions, serve
+from twostroke.spec.work import StepTotals
+
+STREAMS = 16
+PROMPT_TOKENS = 32
+NEW_TOKENS = 256
+LEAST_TOKENS_PER_S = 2000
+MOST_OVERHEAD = 0.03
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class NoCost:
+    """A StepCost of steps that take `step_ns`, whatever is in them."""
+
+    step_ns: int
+
+    def get_row_totals(self, new_tokens: int, context_before: int, sampled: int) -> StepTotals:
+        """Nothing adds up."""
+        return StepTotals()
+
+    def predict_ns(self, totals: StepTotals) -> int:
+        """The same for every step."""
+        return self.step_ns
+
+    def predict_run_ns(self, first: StepTotals, growth: StepTotals, count: int) -> list[int]:
+        """The same for each of them."""
+        return [self.step_ns] * count
+
+    def predict_copy_ns(self, kv_bytes: int) -> int:
+        """Nothing is moved."""
+        return 0
+
+
+def draw_letters(row: Row, last: Token, position: int) -> Token:
+    """Tokens that are short words in the vocabulary of smollm2-135m."""
+    return 260 + (position * 7 + row.start) % 1000
+
+
+def build_parts(model: str, step_ns: int | None) -> EngineParts:
+    """A real engine's parts, with a simulated executor where `step_ns` says how long steps take."""
+    wanted = EngineSettings(model=model, kv_memory="512MiB")
+    built = build_engine(wanted)
+    if step_ns is None:
+        return built.parts
+    executor, clock = built.parts.executor, MonotonicClock()
+    info = executor.describe()
+    executor.close()
+    scheduling = build_scheduling(wanted, built.settings, built.parts.spec)
+    return EngineParts(
+        spec=built.parts.spec,
+        tokenizer=built.parts.tokenizer,
+        chat_template=None,
+        scheduler=scheduling.scheduler,
+        executor=SimulatedExecutor(info, NoCost(step_ns), clock, draw_letters),
+        clock=clock,
+        model_name=built.parts.model_name,
+    )
+
+
+@contextmanager
+def run_server(engine: AsyncLLM) -> Iterator[int]:
+    """Serve from a thread; yields the port."""
+    ready, box, ports = threading.Event(), list[Callable[[], object]](), list[int]()
+
+    async def main() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        box.append(lambda: loop.call_soon_threadsafe(stop.set))
+
+        def tell(host: str, port: int) -> None:
+            ports.append(port)
+            ready.set()
+
+        await serve(engine, ServeOptions(port=0, grace_s=0.5), tell, stop)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    ready.wait()
+    try:
+        yield ports[0]
+    finally:
+        box[0]()
+        thread.join()
+
+
+def make_prompt(stream: int) -> list[int]:
+    """Tokens that no two streams share."""
+    return [300 + (stream * 97 + place * 13) % 4000 for place in range(PROMPT_TOKENS)]
+
+
+def stream_all(port: int, model: str) -> float:
+    """Be the client of all streams; returns the seconds from first byte sent to last received.
+
+    Raises EngineError when a stream does not end as it should.
+    """
+    waiting = selectors.DefaultSelector()
+    begin = time.perf_counter()
+    for stream in range(STREAMS):
+        body = json.dumps(
+            {
+                "model": model,
+                "prompt": make_prompt(stream),
+                "max_tokens": NEW_TOKENS,
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection = socket.create_connection((HOST, port))
+        connection.sendall(head.encode() + body)
+        waiting.register(connection, selectors.EVENT_READ, bytearray())
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
+            key.data.extend(data)
+            if not data:
+                if f'"completion_tokens":{NEW_TOKENS}'.encode() not in key.data:
+                    raise EngineError(f"a stream ended early: {bytes(key.data[-300:])!r}")
+                waiting.unregister(key.fileobj)
+                key.fileobj.close()  # type: ignore[union-attr]
+    return time.perf_counter() - begin
+
+
+def stream_from_child(port: int, model: str) -> float:
+    """`stream_all` in a process of its own."""
+    code = "import sys; from twostroke.bench.http import stream_all;"
+    code += "print(stream_all(int(sys.argv[1]), sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(port), model]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+async def generate_all(engine: AsyncLLM) -> float:
+    """The same requests without HTTP, each stream read to its end; returns the seconds."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+
+    async def read(stream: int) -> int:
+        deltas = await engine.submit(make_prompt(stream), params)
+        return sum([len(delta.tokens) async for delta in deltas])
+
+    begin = time.perf_counter()
+    counts = await asyncio.gather(*(read(stream) for stream in range(STREAMS)))
+    assert set(counts) == {NEW_TOKENS}
+    return time.perf_counter() - begin
+
+
+def measure_layer(model: str, rounds: int) -> float:
+    """Tokens a second that a server on one core streams when its steps take no time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        engine = AsyncLLM(build_parts(model, step_ns=1000))
+        with run_server(engine) as port:
+            os.sched_setaffinity(0, cores)  # of this thread alone: children inherit it
+            times = [stream_from_child(port, engine.model_name) for _ in range(rounds)]
+    finally:
+        os.sched_setaffinity(0, cores)
+    return STREAMS * NEW_TOKENS / statistics.median(times)
+
+
+def measure_overhead(model: str, rounds: int) -> tuple[float, float]:
+    """Tokens a second of the engine alone and over HTTP, one after the other, so many times."""
+    alone, served = [], []
+    engine = AsyncLLM(build_parts(model, step_ns=None))
+    engine.tokenizer.prepare()
+    with run_server(engine) as port:
+        for turn in range(rounds + 1):
+            direct = asyncio.run(generate_all(engine))
+            over = stream_from_child(port, engine.model_name)
+            if turn:  # the first warms up
+                alone.append(direct)
+                served.append(over)
+    tokens = STREAMS * NEW_TOKENS
+    return tokens / statistics.median(alone), tokens / statistics.median(served)
+
+
+def main() -> None:
+    """Measure both and print them; the last line is one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m twostroke.bench.http", description=__doc__)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    layer = measure_layer(given.model, given.rounds)
+    print(f"HTTP layer on one core: {layer:,.0f} tokens/s (at least {LEAST_TOKENS_PER_S:,})")
+    alone, served = measure_overhead(given.model, given.rounds)
+    overhead = 1 - served / alone
+    print(
+        f"{given.model}, {STREAMS} streams: engine alone {alone:.1f} tokens/s, over HTTP", end=" "
+    )
+    print(f"{served:.1f}: {overhead:.1%} less (at most {MOST_OVERHEAD:.0%})")
+    figures = {"layer_tokens_per_s": layer, "alone_tokens_per_s": alone}
+    print(json.dumps({**figures, "served_tokens_per_s": served, "overhead": overhead}))
+
+
+if __name__ == "__main__":
+    main()
