@@ -21,6 +21,7 @@ from twostroke.cli.options import (
     MachineOptions,
     ModelOption,
     ProfileOptions,
+    RooflineOptions,
     SamplingOptions,
     SchedulingOptions,
     ServeOptions,
@@ -110,6 +111,13 @@ def key(options: KeyOptions) -> None:
     run_key(options)
 
 
+def roofline(options: RooflineOptions) -> None:
+    """Show what bounds a model's strokes on a device, and how long they take."""
+    from twostroke.cli.roofline import run_roofline
+
+    run_roofline(options)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -119,6 +127,7 @@ COMMANDS = {
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
+    "roofline": Command(roofline, (RooflineOptions,)),
     "simulate": Command(
         simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)
     ),

@@ -390,3 +390,45 @@ class SimulationOutput:
     json: bool = field(
         default=False, metadata=show("Print one JSON object as the last line.", "--json")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflineOptions:
+    """Which steps of a model to put under which device's roof."""
+
+    model: str | None = field(
+        default=None,
+        metadata=show(
+            "A built-in description such as llama-2-70b, in another format as llama-2-70b:q8_0; "
+            "for this machine any model that `generate` takes.",
+            metavar="NAME",
+        ),
+    )
+    device: str | None = field(
+        default=None,
+        metadata=show(
+            'A known device such as a100-80gb, a .toml file of your own, or "this" machine.',
+            metavar="NAME",
+        ),
+    )
+    kv: str | None = field(
+        default=None,
+        metadata=show("How keys and values are stored, as in `simulate`.", default="f16"),
+    )
+    prompt_tokens: str = field(
+        default="16,64,256,512,1024,4096,16384",
+        metadata=show("Lengths of prompts to prefill, with commas between."),
+    )
+    batch: str = field(
+        default="1,4,16,64,256", metadata=show("Rows of decode steps, with commas between.")
+    )
+    context: str = field(
+        default="512,4096", metadata=show("Contexts of decode steps, with commas between.")
+    )
+    output: list[str] | None = field(
+        default=None,
+        metadata=show("Write a picture (.png, .svg); may be given several times.", metavar="FILE"),
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object as the last line.", "--json")
+    )

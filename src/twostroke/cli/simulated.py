@@ -74,8 +74,8 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
 
     Raises InvalidParameter, or DeviceError for a device file that is wrong.
     """
-    spec = _find_model(options.model)
-    device, engine = _find_device(options.device)
+    spec = find_model(options.model)
+    device, engine = find_device(options.device)
     tp = _check_sharing(spec, device, options.tp)
     element = KvElement(check_name("kv", options.kv or KvElement.F16.value, KV_ELEMENTS))
     cost = RooflineCost(spec, device, tp, ENGINES[engine][0], get_model_work(spec, element))
@@ -205,7 +205,8 @@ def get_least_ttft_ns(cost: RooflineCost, prompt_tokens: int, step_tokens: int) 
     return total_ns
 
 
-def _find_model(text: str | None) -> ModelSpec:
+def find_model(text: str | None) -> ModelSpec:
+    """A built-in model, in another format behind a colon. Raises InvalidParameter."""
     known = list_known_models()
     if text is None:
         raise InvalidParameter("model", f"give one with --model: {', '.join(known)}")
@@ -213,7 +214,7 @@ def _find_model(text: str | None) -> ModelSpec:
     return get_known_model(check_name("model", name, known), weight_format or "bf16")
 
 
-def _find_device(text: str | None) -> tuple[DeviceSpec, str]:
+def find_device(text: str | None) -> tuple[DeviceSpec, str]:
     """The device and which of ENGINES runs on it."""
     known = list_known_devices()
     if text is None:
