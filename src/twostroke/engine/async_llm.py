@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from twostroke.core.types import Ending, TokenLogprob
+from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
@@ -291,6 +292,11 @@ class AsyncLLM:
         return self._service.render_chat(
             messages, tools, add_generation_prompt=add_generation_prompt
         )
+
+    @property
+    def attribution(self) -> Attribution:
+        """Where the time of its steps and requests went."""
+        return self._service.attribution
 
     def stats(self) -> EngineStats:
         """Counters and histograms so far; never waits for the engine."""

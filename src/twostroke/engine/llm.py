@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from twostroke.core.types import Request
+from twostroke.engine.attribution import Attribution
 from twostroke.engine.collect import (
     Collector,
     DeltaStream,
@@ -146,6 +147,11 @@ class OfflineLLM:
         return self._service.render_chat(
             messages, tools, add_generation_prompt=add_generation_prompt
         )
+
+    @property
+    def attribution(self) -> Attribution:
+        """Where the time of its steps and requests went."""
+        return self._service.attribution
 
     def stats(self) -> EngineStats:
         """Counters and histograms so far."""
