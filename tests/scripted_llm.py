@@ -102,6 +102,8 @@ class ScriptedStream:
             raise StopAsyncIteration
         return delta
 
+    seed = 0
+
     @property
     def closed_reason(self) -> str | None:
         return "the engine was closed" if self._engine.closed_times else None
@@ -132,6 +134,7 @@ class ScriptedLLM:
         self.breakdown: Exception | None = None  # raised by streams
         self.refusal: Exception | None = None  # raised by submit
         self.dead: str | None = None
+        self.stalled_s = 0.0
         self.cached_tokens = 0
         self.timings = RequestTimings(0, 0, 0, 0, 0, 0, 0, 0)
         self.seen: list[tuple[Any, SamplingParams, int]] = []
@@ -216,7 +219,7 @@ class ScriptedLLM:
         return EngineLoad(self.waiting, len(self.live), self.metrics.num_ended)
 
     def health(self) -> ScriptedHealth:
-        return ScriptedHealth(self.dead is None, self.dead, len(self.live))
+        return ScriptedHealth(self.dead is None, self.dead, len(self.live), self.stalled_s)
 
     def close(self) -> None:
         self.closed_times += 1

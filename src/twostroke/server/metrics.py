@@ -21,6 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from twostroke.engine.attribution import AttributionTotals
 from twostroke.engine.metrics import EngineStats, Gauges, HistogramData
 from twostroke.server.limits import Traffic
 from twostroke.server.settings import Served
@@ -58,6 +59,7 @@ class EngineCollector(Collector):
         yield InfoMetricFamily("twostroke", "What this engine runs", value=info)
         yield from _collect_gauges(stats)
         yield from _collect_counters(stats)
+        yield from _collect_attribution(stats.attribution)
         yield from _collect_traffic(self._traffic)
         for name, attribute, text in _HISTOGRAMS:
             yield _to_histogram(f"twostroke_{name}", text, getattr(stats, attribute))
@@ -121,6 +123,23 @@ def _collect_counters(stats: EngineStats) -> Iterator[Metric]:
     yield _count_by("preemptions_by_kind", "Where lost KV comes from again", "kind", kinds)
     yield _count_by(
         "engine_seconds", "Life of the engine's thread, by part", "part", stats.part_seconds
+    )
+
+
+def _collect_attribution(totals: AttributionTotals | None) -> Iterator[Metric]:
+    """What steps had to compute, the least that takes on this machine, and what it took."""
+    if totals is None:
+        return
+    for name, text, value in (
+        ("step_flops", "Operations of all steps, a multiply-add being two", totals.flops),
+        ("step_bytes", "Bytes of weights and KV that all steps had to move", totals.bytes),
+        ("step_floor_seconds", "The least time for that; 0 while unknown", totals.floor_seconds),
+        ("step_wall_seconds", "From each step's begin to the next", totals.wall_seconds),
+    ):
+        yield CounterMetricFamily(f"twostroke_{name}", text, value=value)
+    yield _count_by("step_part_seconds", "Time of steps by part", "part", totals.part_seconds)
+    yield _count_by(
+        "step_cause_seconds", "Time of steps by what bound it", "cause", totals.cause_seconds
     )
 
 

@@ -74,6 +74,7 @@ _TIMINGS = _describe_object(
         "decode_tokens": _COUNT,
         "cached_tokens": _COUNT,
         "preemptions": _COUNT,
+        "limit_share": {"type": ["number", "null"]},
     }
 )
 _MODEL = _describe_object(
