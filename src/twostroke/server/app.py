@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
+from twostroke.engine.account_report import build_report
 from twostroke.engine.service import Sender
 from twostroke.errors import EngineClosed, InvalidParameter
 from twostroke.server.body import read_json_object
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 
 MAX_USER_CHARS = 256
+STEPS_TOLD = 100
 
 
 def create_app(
@@ -76,6 +78,7 @@ def create_app(
         ("GET", "/ready", api.check_ready),
         ("GET", "/health", api.check_health),
         ("GET", "/metrics", api.get_metrics),
+        ("GET", "/v1/steps", api.get_steps),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.add_middleware(Gate, keys=KeyRing(settings.keys), admission=admission)
@@ -179,6 +182,10 @@ class _Api:
 
     async def get_metrics(self) -> Response:
         return Response(render_metrics(self._collector), media_type=CONTENT_TYPE)
+
+    async def get_steps(self, request: str = "", last: int = STEPS_TOLD) -> Response:
+        attribution = self._served.engine.attribution
+        return _reply(await asyncio.to_thread(build_report, attribution, request, last))
 
     async def _read(self, request: Request) -> dict[str, Any]:
         return await read_json_object(request, self._served.settings.limits.body_bytes)

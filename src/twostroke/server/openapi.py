@@ -145,6 +145,7 @@ def _describe_paths() -> dict[str, dict[str, Schema]]:
         "/health": {"get": _get("Whether the engine works", _HEALTH)},
         "/ready": {"get": _get("Whether to send requests here", _HEALTH)},
         "/metrics": {"get": _get("Prometheus metrics", _TEXT, media_type="text/plain")},
+        "/v1/steps": {"get": _get("Where the time of steps went", {"type": "object"})},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from twostroke.engine.outputs import RequestTimings
+from twostroke.engine.outputs import RequestAccount, RequestTimings
 from twostroke.server.generation import Generation
 from twostroke.server.schemas import CommonFields
 
@@ -36,6 +36,7 @@ def build_timings(generation: Generation) -> dict[str, Any]:
         "decode_tokens": sum(timings.decode_tokens for timings in each),
         "cached_tokens": sum(timings.cached_tokens for timings in each),
         "preemptions": sum(timings.preemptions for timings in each),
+        "limit_share": _find_least([timings.account for timings in each]),
         "limit_share": _get_limit_share(each),
     }
 
@@ -44,6 +45,12 @@ def _get_limit_share(each: Sequence[RequestTimings]) -> float | None:
     """The least time this machine needs for the work, over the time it took; of one prompt."""
     account = each[0].account if len(each) == 1 else None
     return None if account is None else account.limit_share
+
+
+def _find_least(accounts: list[RequestAccount | None]) -> float | None:
+    """The smallest share of this machine's limit; None where nobody knows it."""
+    shares = [account.limit_share for account in accounts if account is not None]
+    return min((share for share in shares if share is not None), default=None)
 
 
 def _split(timings: RequestTimings) -> tuple[float, float, float]:
