@@ -36,11 +36,21 @@ def scrape(http: httpx.Client) -> dict[str, Metric]:
 def test_health_follows_the_engine(server: Running, http: httpx.Client) -> None:
     reply = http.get("/health")
     assert reply.status_code == 200
-    assert reply.json() == {"status": "ok", "live": 0, "stalled_s": 0.0}
+    assert reply.json() == {"status": "live", "live": 0, "stalled_s": 0.0}
     server.engine.dead = "its executor died three times"
     reply = http.get("/health")
     assert reply.status_code == 503
     assert "its executor died three times" in reply.json()["error"]["message"]
+
+
+def test_an_engine_that_makes_no_steps_is_stalled_and_not_ready(
+    server: Running, http: httpx.Client
+) -> None:
+    server.engine.stalled_s = 61.0
+    for path in ("/health", "/ready"):
+        reply = http.get(path)
+        assert reply.status_code == 503
+        assert "stalled: no step for 61.0 s" in reply.json()["error"]["message"]
 
 
 def test_a_dead_engine_is_unavailable(server: Running, client: openai.OpenAI, model: str) -> None:

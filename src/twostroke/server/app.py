@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 MAX_USER_CHARS = 256
 STEPS_TOLD = 100
+# No step of a machine that works takes so long, but the first of a shape on a GPU, compiled once.
+STALLED_S = 60.0
 
 
 def create_app(
@@ -178,7 +180,12 @@ class _Api:
         health = self._served.engine.health()
         if not health.alive:
             raise EngineClosed(f"the engine is dead: {health.reason}")
-        return _reply({"status": "ok", "live": health.live, "stalled_s": health.stalled_s})
+        if health.stalled_s > STALLED_S:
+            waiting = f"{health.live} requests wait"
+            raise EngineClosed(
+                f"the engine is stalled: no step for {health.stalled_s:.1f} s, {waiting}"
+            )
+        return _reply({"status": "live", "live": health.live, "stalled_s": health.stalled_s})
 
     async def get_metrics(self) -> Response:
         return Response(render_metrics(self._collector), media_type=CONTENT_TYPE)

@@ -145,7 +145,7 @@ def _describe_paths() -> dict[str, dict[str, Schema]]:
         "/health": {"get": _get("Whether the engine works", _HEALTH)},
         "/ready": {"get": _get("Whether to send requests here", _HEALTH)},
         "/metrics": {"get": _get("Prometheus metrics", _TEXT, media_type="text/plain")},
-        "/v1/steps": {"get": _get("Where the time of steps went", {"type": "object"})},
+        "/v1/steps": {"get": _get_steps()},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
     }
 
@@ -167,6 +167,13 @@ def _describe_models() -> Schema:
 def _get_model() -> Schema:
     name = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
     return {**_get("One model", _MODEL), "parameters": [name]}
+
+
+def _get_steps() -> Schema:
+    text = {"name": "request", "in": "query", "schema": _TEXT}
+    last = {"name": "last", "in": "query", "schema": {"type": "integer"}}
+    described = _get("Where the time of steps went", {"type": "object"})
+    return {**described, "parameters": [text, last]}
 
 
 def _get(summary: str, reply: Schema, media_type: str = "application/json") -> Schema:

@@ -6,7 +6,6 @@ counts. The engine measured all of it; nothing is timed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from twostroke.engine.outputs import RequestAccount, RequestTimings
@@ -37,14 +36,7 @@ def build_timings(generation: Generation) -> dict[str, Any]:
         "cached_tokens": sum(timings.cached_tokens for timings in each),
         "preemptions": sum(timings.preemptions for timings in each),
         "limit_share": _find_least([timings.account for timings in each]),
-        "limit_share": _get_limit_share(each),
     }
-
-
-def _get_limit_share(each: Sequence[RequestTimings]) -> float | None:
-    """The least time this machine needs for the work, over the time it took; of one prompt."""
-    account = each[0].account if len(each) == 1 else None
-    return None if account is None else account.limit_share
 
 
 def _find_least(accounts: list[RequestAccount | None]) -> float | None:
