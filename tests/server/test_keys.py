@@ -91,6 +91,17 @@ def test_a_key_is_presented_one_way(guarded: Running, header: str) -> None:
     assert httpx.get(url, headers={"authorization": header}).status_code == 401
 
 
+def test_a_local_server_answers_to_names_of_this_machine_only() -> None:
+    with run_server(ScriptedLLM(), ServerSettings(is_local=True)) as url:
+
+        def call_as(host: str) -> int:
+            return httpx.get(f"{url}/v1/models", headers={"host": host}).status_code
+
+        assert call_as("localhost:8000") == call_as("127.0.0.1") == call_as("[::1]:80") == 200
+        assert call_as("evil.example") == call_as("localhost.evil.example:8000") == 403
+        assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 200
+
+
 def test_a_key_is_never_part_of_an_answer(guarded: Running) -> None:
     assert "sk-wrong" not in call(guarded, "GET", "/v1/models", "sk-wrong").text
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from loopback import Running, run_server
+from loopback import Running, run_server, wait_until
 from scripted_llm import MODEL, ScriptedLLM
 from twostroke.engine.outputs import RequestTimings
 from twostroke.errors import InvalidParameter
@@ -147,6 +148,24 @@ def test_requests_still_running_at_the_end_are_told_so() -> None:
         last = [line for line in lines if line][-1]
     assert "the engine was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert engine.live == set()
+
+
+def test_a_whole_reply_that_the_end_of_the_server_cuts_off_is_503() -> None:
+    engine = ScriptedLLM()
+    engine.step_gate.clear()
+    replies: list[httpx.Response] = []
+    with run_server(engine) as url:
+
+        def post() -> None:
+            body = {"model": MODEL, "prompt": "a"}
+            replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=20))
+
+        client = threading.Thread(target=post)
+        client.start()
+        wait_until(lambda: bool(engine.live))
+    client.join(20)
+    assert replies[0].status_code == 503
+    assert "the engine was closed; send it again later" in replies[0].text
 
 
 SERVE = f"""

@@ -47,8 +47,11 @@ def run_serve(
     built.parts.tokenizer.prepare()
     print(format_summary(built), file=sys.stderr)
 
-    settings = ServerSettings(keys=keys, facts=describe_facts(built), tracer=build_tracer())
-    if not keys and not is_loopback(serving.host):
+    is_local = not keys and is_loopback(serving.host)
+    settings = ServerSettings(
+        keys=keys, is_local=is_local, facts=describe_facts(built), tracer=build_tracer()
+    )
+    if not keys and not is_local:
         logging.getLogger("twostroke.server").warning(
             "whoever reaches %s may use this server: set --api-key or --key-file", serving.host
         )

@@ -83,7 +83,8 @@ def create_app(
         ("GET", "/v1/steps", api.get_steps),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    app.add_middleware(Gate, keys=KeyRing(settings.keys), admission=admission)
+    ring = KeyRing(settings.keys)
+    app.add_middleware(Gate, keys=ring, admission=admission, is_local=settings.is_local)
     install_error_handlers(app, _build_on_done(settings, traffic))
     return app
 

@@ -2,10 +2,14 @@
 
 Owns which paths are open and what a refusal looks like. It stands before routing, so a route that
 is added later is behind it without anybody thinking of it, and an unknown path tells nothing. A
-request that passes carries its key; its limits are held until its answer is complete.
+request that passes carries its key; its limits are held until its answer is complete. A server for
+this machine alone, which asks for no keys, answers only to names of this machine: a web page can
+make its own name lead here (DNS rebinding), and would then be of the same origin.
 """
 
 from __future__ import annotations
+
+import ipaddress
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,13 +31,27 @@ _WRONG_KEY = ErrorReply(
 )
 
 
-class Gate:
-    """The middleware that checks keys and counts requests against them."""
+_WRONG_HOST = ErrorReply(
+    403,
+    "this server is asked for by the names of this machine only, such as localhost",
+    "invalid_request_error",
+    code="invalid_host",
+)
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, admission: Admission) -> None:
+
+class Gate:
+    """The middleware that checks keys and counts requests against them.
+
+    is_local: only requests to localhost, or to an address, are answered.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, admission: Admission, is_local: bool = False
+    ) -> None:
         self._app = app
         self._keys = keys
         self._admission = admission
+        self._is_local = is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
@@ -42,9 +60,14 @@ class Gate:
             return
         request = Request(scope)
         key = self._keys.find(request.headers.get("authorization"))
-        if len(self._keys) and key is None:
-            note_refusal(request, _WRONG_KEY)
-            await _WRONG_KEY.to_response()(scope, receive, send)
+        refusal = None
+        if self._is_local and not is_local_name(request.url.hostname or ""):
+            refusal = _WRONG_HOST
+        elif len(self._keys) and key is None:
+            refusal = _WRONG_KEY
+        if refusal is not None:
+            note_refusal(request, refusal)
+            await refusal.to_response()(scope, receive, send)
             return
         scope["twostroke.key"] = key
         if scope["method"] != "POST":
@@ -57,6 +80,17 @@ class Gate:
             reply = describe_error(error, get_request_id(request))
             note_refusal(request, reply)
             await reply.to_response()(scope, receive, send)
+
+
+def is_local_name(host: str) -> bool:
+    """Whether no name server can have a say in where `host` leads: an address, or localhost."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def get_key(request: Request) -> Key | None:

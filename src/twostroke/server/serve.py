@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import signal
 import socket
@@ -33,6 +34,10 @@ Ready = Callable[[str, int], None]
 # Time for replies to end after the engine has been closed under them.
 _CLOSING_S = 5
 _SEND_BUFFER_BYTES = 128 * 2**10
+# The model's files, the executor's, the log's.
+_OTHER_DESCRIPTORS = 512
+
+logger = logging.getLogger("twostroke.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ async def serve(
     try:
         with listen(options.host, options.port) as listener, _stop_on_signals(stop):
             traffic = Traffic()
+            _raise_descriptors(options.settings.limits.connections)
             server = uvicorn.Server(_configure(engine, options, traffic))
 
             async def stop_when_told() -> None:
@@ -138,6 +144,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _cannot_listen(host: str, port: int, error: OSError) -> InvalidParameter:
     return InvalidParameter("port", f"cannot listen on {host}:{port}: {error.strerror or error}")
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Have as many file descriptors as connections may need, as far as the system allows."""
+    try:
+        import resource
+    except ImportError:  # not a Unix: it has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most < wanted:
+        logger.warning("only %d files may be open, fewer than %d connections need", most, wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager

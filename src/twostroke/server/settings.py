@@ -32,11 +32,13 @@ class RequestTracer(Protocol):
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """aliases: further names the model answers to. keys: who is let in; none lets everybody in.
-    facts: whatever the exact output depends on beside the model's description, as text."""
+    is_local: answer only to names of this machine. facts: whatever the exact output depends on
+    beside the model's description, as text."""
 
     aliases: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     keys: tuple[Key, ...] = ()
+    is_local: bool = False
     facts: str = ""
     tracer: RequestTracer | None = None
 
