@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.cli.compose import build_engine
 from twostroke.cli.scheduling import build_scheduling
@@ -30,7 +30,6 @@ from twostroke.core.types import Row, Token
 from twostroke.engine.async_llm import AsyncLLM
 from twostroke.engine.clock import MonotonicClock
 from twostroke.engine.params import SamplingParams
-from twostroke.engine.service import EngineParts
 from twostroke.errors import EngineError
 from twostroke.exec.simulated import SimulatedExecutor
 from twostroke.server.serve import ServeOptions, serve
@@ -72,25 +71,28 @@ def draw_letters(row: Row, last: Token, position: int) -> Token:
     return 260 + (position * 7 + row.start) % 1000
 
 
-def build_parts(model: str, step_ns: int | None) -> EngineParts:
-    """A real engine's parts, with a simulated executor where `step_ns` says how long steps take."""
+@contextmanager
+def open_engine(model: str, step_ns: int | None) -> Iterator[AsyncLLM]:
+    """A real engine, with a simulated executor where `step_ns` says how long its steps take."""
     wanted = EngineSettings(model=model, kv_memory="512MiB")
     built = build_engine(wanted)
-    if step_ns is None:
-        return built.parts
-    executor, clock = built.parts.executor, MonotonicClock()
-    info = executor.describe()
-    executor.close()
-    scheduling = build_scheduling(wanted, built.settings, built.parts.spec)
-    return EngineParts(
-        spec=built.parts.spec,
-        tokenizer=built.parts.tokenizer,
-        chat_template=None,
-        scheduler=scheduling.scheduler,
-        executor=SimulatedExecutor(info, NoCost(step_ns), clock, draw_letters),
-        clock=clock,
-        model_name=built.parts.model_name,
-    )
+    parts = built.parts
+    if step_ns is not None:
+        info = parts.executor.describe()
+        parts.executor.close()
+        clock = MonotonicClock()
+        parts = replace(
+            parts,
+            scheduler=build_scheduling(wanted, built.settings, parts.spec).scheduler,
+            executor=SimulatedExecutor(info, NoCost(step_ns), clock, draw_letters),
+            clock=clock,
+        )
+    engine = AsyncLLM(parts)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        built.model.close()
 
 
 @contextmanager
@@ -187,8 +189,7 @@ def measure_layer(model: str, rounds: int) -> float:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        engine = AsyncLLM(build_parts(model, step_ns=1000))
-        with run_server(engine) as port:
+        with open_engine(model, step_ns=1000) as engine, run_server(engine) as port:
             os.sched_setaffinity(0, cores)  # of this thread alone: children inherit it
             times = [stream_from_child(port, engine.model_name) for _ in range(rounds)]
     finally:
@@ -199,9 +200,8 @@ def measure_layer(model: str, rounds: int) -> float:
 def measure_overhead(model: str, rounds: int) -> tuple[float, float]:
     """Tokens a second of the engine alone and over HTTP, one after the other, so many times."""
     alone, served = [], []
-    engine = AsyncLLM(build_parts(model, step_ns=None))
-    engine.tokenizer.prepare()
-    with run_server(engine) as port:
+    with open_engine(model, step_ns=None) as engine, run_server(engine) as port:
+        engine.tokenizer.prepare()
         for turn in range(rounds + 1):
             direct = asyncio.run(generate_all(engine))
             over = stream_from_child(port, engine.model_name)
