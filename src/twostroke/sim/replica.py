@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,8 @@ class ReplicaSpec:
 
     make_policies: called once for each, because policies remember. max_iterations: the longest
     stride; 1 steps one by one. restart_ns: how long it takes to replace a lost executor; None lets
-    the replica end with it. step_deadline_ns, max_in_flight: as in LoopPolicy.
+    the replica end with it. step_deadline_ns, max_in_flight: as in LoopPolicy. is_computed: all of
+    a prompt but its last token arrives with its keys and values, which are attached.
     """
 
     scheduler: SchedulerConfig
@@ -65,6 +67,7 @@ class ReplicaSpec:
     max_in_flight: int = 1
     restart_ns: int | None = 0
     step_deadline_ns: int | None = None
+    is_computed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +104,7 @@ class Replica:
         self._on_due = partial(on_due, self)
         self._lives: dict[str, Life] = {}
         self._unplanned: dict[str, Life] = {}
+        self._parked: deque[Life] = deque()  # whose KV is here and has no room in the pool
         self._begun: list[_Begun] = []
         self._iteration_ns: tuple[int, ...] = ()
         self._next_sample_ns = 0
@@ -136,6 +140,10 @@ class Replica:
         """Take arrival number `index`; the step that is running, if any, is the last planned."""
         request = build_request(arrival, index, self._spec.scheduler.vocab_size)
         life = Life(index, arrival, self.index)
+        if self._spec.is_computed:
+            self._parked.append(life)
+            self._on_due()
+            return
         answer = self._loop.submit(request)
         if isinstance(answer, Rejected):
             self._end(life, _FATE_CODES[Rejected])
@@ -167,6 +175,8 @@ class Replica:
 
     def pump(self) -> None:
         """Let the loop take in what has arrived and start what can be started."""
+        while self._parked and self._attach(self._parked[0]):
+            self._parked.popleft()
         self._loop.pump()
         wake_ns = self._loop.next_wake_ns
         if wake_ns is not None and wake_ns < self._armed_ns:
@@ -251,6 +261,29 @@ class Replica:
 
     def deliver(self) -> None:
         """Nothing to do: everything is noted as it comes."""
+
+    def _attach(self, life: Life) -> bool:
+        """Give the loop a request with its computed KV; False while the pool has no room for it.
+
+        What is running is left two blocks each to grow into, and the pool a fiftieth, so that the
+        scheduler has room where this says so; where it has not, the prompt is computed here.
+        """
+        spec, arrival = self._spec, life.arrival
+        computed, id = arrival.prompt_tokens - 1, str(life.index)
+        kept = 2 * self._scheduler.num_running + spec.scheduler.num_blocks // 50
+        room = (self._scheduler.num_free_blocks - kept) * spec.scheduler.block_tokens
+        if self._loop.num_live and computed > room:
+            return False
+        answer = self._loop.submit(build_request(arrival, life.index, spec.scheduler.vocab_size))
+        if isinstance(answer, Rejected):
+            self._end(life, _FATE_CODES[Rejected])
+            return True
+        self._lives[id] = self._unplanned[id] = life
+        blocks = self._scheduler.attach(id, (), computed)
+        if blocks:
+            self._scheduler.attach(id, blocks, computed)
+        self.executor.interrupt()
+        return True
 
     # ---- records --------------------------------------------------------------------------------
 
