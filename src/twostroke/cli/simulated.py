@@ -256,9 +256,7 @@ def _size_pool(
 ) -> tuple[int, str]:
     """Blocks of a replica's KV pool, and why so many."""
     tp = options.tp
-    # Beyond one head a device, heads are held several times.
-    held = -(-spec.num_kv_heads // tp) * tp / spec.num_kv_heads
-    room = int(_get_free_bytes(spec, device, tp) * tp / held)
+    room = get_pool_bytes(spec, device, tp)
     reason = f"what weights leave of {tp} × {format_bytes(device.memory_bytes)}"
     reason += f" less {KEPT_BACK:.0%} for activations and the runtime"
     if options.kv_memory is not None:
@@ -274,6 +272,13 @@ def _size_pool(
             "kv_memory", f"must hold one block of {block_bytes:,} bytes, not {room:,}"
         )
     return room // block_bytes, reason
+
+
+def get_pool_bytes(spec: ModelSpec, device: DeviceSpec, tp: int) -> int:
+    """KV that `tp` devices hold beside the weights, every token's counted once; may be negative."""
+    # Beyond one head a device, heads are held several times.
+    held = -(-spec.num_kv_heads // tp) * tp / spec.num_kv_heads
+    return int(_get_free_bytes(spec, device, tp) * tp / held)
 
 
 def _get_free_bytes(spec: ModelSpec, device: DeviceSpec, tp: int) -> int:
