@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tiny_models import TINY_SPECS
 from twostroke.core.types import Ending, Failed, Finished, TokenLogprob
+from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
 from twostroke.engine.outputs import OutputDelta, RequestTimings
 from twostroke.engine.params import SamplingParams
@@ -25,6 +27,7 @@ from twostroke.errors import (
     PromptTooLong,
     TemplateError,
 )
+from twostroke.spec.work import get_model_work
 
 MODEL = "scripted"
 VOCAB_SIZE = 256
@@ -119,6 +122,7 @@ class ScriptedLLM:
 
     def __init__(self) -> None:
         self.spec = ScriptedSpec()
+        self.attribution = Attribution(get_model_work(TINY_SPECS["llama"]))
         self.tokenizer = ByteTokenizer()
         self.gate, self.step_gate = threading.Event(), threading.Event()
         self.closed_times = 0
