@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
+from dataclasses import replace
 
 from twostroke.cli import options
 from twostroke.cli.compose import BuiltEngine, build_engine
@@ -16,6 +17,7 @@ from twostroke.server.logs import configure_logging
 from twostroke.server.serve import ServeOptions, run
 from twostroke.server.settings import ServerSettings
 from twostroke.server.tracing import build_tracer
+from twostroke.spec.device import DeviceSpec
 from twostroke.weights.digest import get_digest
 
 
@@ -62,12 +64,21 @@ def run_serve(
 
     try:
         run(
-            AsyncLLM(built.parts),
+            AsyncLLM(replace(built.parts, limits=find_limits(built))),
             ServeOptions(host=serving.host, port=serving.port, settings=settings),
             announce,
         )
     finally:
         built.model.close()
+
+
+def find_limits(built: BuiltEngine) -> DeviceSpec | None:
+    """The limits that every step is compared with; None on a GPU, whose memory is taken by now."""
+    if built.settings.is_on_gpu:
+        return None
+    from twostroke.cli.limits import measure_limits
+
+    return measure_limits(built.settings)
 
 
 def describe_facts(built: BuiltEngine) -> str:
