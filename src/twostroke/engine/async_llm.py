@@ -269,6 +269,8 @@ class AsyncLLM:
                 request = replace(request, resumed=resumed)
             return service.make_state(request, own, sink)
 
+        if isinstance(own, SamplingParams) and own.grammar:
+            await asyncio.wrap_future(service.compile_grammar(own.grammar))
         state = await asyncio.to_thread(prepare) if _has_much_text(prompt, own) else prepare()
         future = service.submit([state])
         try:

@@ -33,6 +33,7 @@ from twostroke.core.types import (
     StepPlan,
     Update,
 )
+from twostroke.engine.constraints import Constraints
 from twostroke.engine.parts import IDLE, INBOX, WAIT, PartTimes
 from twostroke.errors import EngineClosed, EngineError, ExecutorLost
 
@@ -129,6 +130,7 @@ class EngineLoop:
         self._idle_until_ns: int | None = None  # when the pace lets a waiting batch begin
         self.parts = PartTimes(clock.now_ns())
         self._live: dict[str, int] = {}  # request id → continuations that have not ended
+        self.constraints: Constraints | None = None  # whose masks go into plans
         self._losses: Counter[str] = Counter()  # executors lost since its last committed row
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
@@ -277,6 +279,8 @@ class EngineLoop:
         for update in updates:
             if isinstance(update, SequenceEnded):
                 self._count_ended(update.sequence.request)
+        if self.constraints is not None:
+            self.constraints.note(updates)
         for sequence in self._listener.updated(updates, self._clock.now_ns()):
             self.cancel(sequence.request, index=sequence.index, ending=Finished("stop"))
 
@@ -299,6 +303,9 @@ class EngineLoop:
                 if self._live and not self._in_flight and not plan.wake_ns:
                     raise EngineError(f"nothing runs although {len(self._live)} requests are live")
                 return
+            broken: Sequence[tuple[SequenceId, str]] = ()
+            if self.constraints is not None:
+                plan, broken = self.constraints.apply(plan)
             flight = _Flight(plan, self._generation, now_ns)
             self._in_flight.append(flight)
             self._listener.step_started(plan, now_ns)
@@ -306,6 +313,8 @@ class EngineLoop:
                 self._executor.start(plan, partial(self._receive, flight))
             except ExecutorLost as lost:
                 self._receive(flight, lost)
+            for sequence, reason in broken:  # their rows' answers will find them ended
+                self.cancel(sequence.request, index=sequence.index, ending=Failed(reason))
 
     def _check_deadline(self) -> None:
         due_ns = self.next_wake_ns

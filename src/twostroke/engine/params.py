@@ -16,6 +16,7 @@ from typing import Any
 
 from twostroke.core.types import Request, SamplingSpec
 from twostroke.errors import InvalidParameter
+from twostroke.text.grammar import StructuredOutputs, read_structured_outputs
 from twostroke.text.tokenizer import check_text
 
 MAX_N = 128
@@ -45,7 +46,10 @@ class SamplingParams:
     obeyed before so many; stop strings always are. stop: up to 16 strings, none of which is part
     of the text. stop_token_ids: end a continuation and are its last token. ignore_eos: the
     model's own end tokens do not stop it. logprobs, prompt_logprobs: None, or how many
-    alternatives to report, at most 20. logit_bias: token id to addend. Raises InvalidParameter.
+    alternatives to report, at most 20. logit_bias: token id to addend. structured_outputs: what the
+    text must match, as a StructuredOutputs or a mapping of its fields; the model's end token then
+    comes when the text may end, so ignore_eos and min_tokens cannot be asked for beside it. Raises
+    InvalidParameter.
     """
 
     n: int = 1
@@ -66,6 +70,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _check_int("n", self.n, 1, MAX_N))
@@ -86,12 +91,22 @@ class SamplingParams:
         self._set("stop", _check_stops(self.stop))
         self._set("stop_token_ids", _check_stop_tokens(self.stop_token_ids))
         self._set("logit_bias", _check_biases(self.logit_bias))
+        self._set("structured_outputs", read_structured_outputs(self.structured_outputs))
+        for name in ("ignore_eos", "min_tokens") if self.structured_outputs is not None else ():
+            if getattr(self, name):
+                raise InvalidParameter(name, "cannot be asked for beside structured outputs")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, always as a tuple."""
         stops = self.stop
         return (stops,) if isinstance(stops, str) else tuple(stops or ())
+
+    @property
+    def grammar(self) -> str:
+        """The canonical text of what the output must match; empty for anything."""
+        chosen = self.structured_outputs
+        return chosen.text if isinstance(chosen, StructuredOutputs) else ""
 
     def _check_lengths(self) -> None:
         if self.max_tokens is not None:
@@ -164,6 +179,7 @@ def _to_sampling_spec(params: SamplingParams, seed: int) -> SamplingSpec:
         seed=chosen % 2**64,
         logit_bias=tuple(sorted((params.logit_bias or {}).items())),
         logprobs=params.logprobs,
+        grammar=params.grammar,
     )
 
 

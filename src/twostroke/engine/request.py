@@ -31,6 +31,7 @@ from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineMetrics
 from twostroke.engine.outputs import OutputDelta, RequestAccount, RequestTimings
 from twostroke.errors import ExecutorLost
+from twostroke.text.grammar import Grammar
 from twostroke.text.stream import StreamDecoder
 from twostroke.text.tokenizer import Tokenizer
 
@@ -44,12 +45,14 @@ class TextRules:
 
     in_one: output is delivered when a continuation has ended. Text made token by token costs ten
     times as much, because a step of native code leaves nothing of ours in the caches.
+    grammar: what the request's SamplingSpec asks its text to match, compiled.
     """
 
     tokenizer: Tokenizer
     stop_strings: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     in_one: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +132,7 @@ class RequestState:
     def __init__(self, request: Request, rules: TextRules, sink: Sink) -> None:
         tokenizer = rules.tokenizer
         self.request = request
+        self.grammar = rules.grammar
         self.sink = sink
         self.in_one = rules.in_one
         self.continuations = [

@@ -20,6 +20,7 @@ from twostroke.core.ports import Clock, Executor
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import Rejected, Request
 from twostroke.engine.attribution import Attribution
+from twostroke.engine.constraints import Constraints
 from twostroke.engine.loop import EngineLoop, LoopPolicy
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
 from twostroke.engine.params import ModelLimits, SamplingParams, to_request
@@ -30,6 +31,7 @@ from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import ModelWork, get_model_work
 from twostroke.text.chat import ChatTemplate
+from twostroke.text.grammar import Grammar, GrammarCompiler
 from twostroke.text.tokenizer import Tokenizer
 
 MAX_REQUEST_ID_CHARS = 256
@@ -144,6 +146,8 @@ class _EngineWork:
         request = state.request
         if request.id in self._book:
             raise InvalidParameter("request_id", f"{request.id!r} is the id of a live request")
+        if request.sampling.grammar and state.grammar is None:
+            raise InvalidRequest(f"{request.id}: its grammar was not compiled")
         answer = self._loop.submit(request)
         if isinstance(answer, Rejected):
             self._metrics.record_rejected()
@@ -151,6 +155,8 @@ class _EngineWork:
                 raise PromptTooLong(where + answer.reason, answer.limit_tokens)
             raise InvalidRequest(where + answer.reason)
         self._book.open(state, self._parts.clock.now_ns())
+        if state.grammar is not None and self._loop.constraints is not None:
+            self._loop.constraints.open(request, state.grammar)
 
     def record_gauges(self) -> None:
         """Note what is only read when asked for; these are plain counts, so any thread may ask."""
@@ -190,6 +196,7 @@ class EngineService:
             parts.scheduler, parts.executor, parts.clock, book, parts.policy, self._thread.wake
         )
         self.attribution.follow(self._loop.parts)
+        self._constraints = self._loop.constraints = Constraints(GrammarCompiler(parts.tokenizer))
         self._work = _EngineWork(parts, self._loop, book, self._metrics)
         self._limits = ModelLimits(
             stop_ids=parts.tokenizer.stop_ids,
@@ -254,9 +261,25 @@ class EngineService:
         in_one: the output of a continuation is wanted when it has ended, not as it is made.
         """
         rules = TextRules(
-            self.parts.tokenizer, params.stop_strings, params.skip_special_tokens, in_one
+            self.parts.tokenizer,
+            params.stop_strings,
+            params.skip_special_tokens,
+            in_one,
+            self.compile_grammar(request.sampling.grammar).result() if params.grammar else None,
         )
         return RequestState(request, rules, sink)
+
+    def compile_grammar(self, text: str) -> Future[Grammar]:
+        """What `make_state` would wait for, up to seconds, where a request has this grammar.
+
+        Raises InvalidParameter, at once or from the future; Overloaded.
+        """
+        device = self._loop.describe_executor().device
+        if device != "cpu":
+            raise InvalidParameter(
+                "structured_outputs", f"need the model on a CPU; this one runs on {device}"
+            )
+        return self._constraints.compile(text)
 
     def submit(self, states: Sequence[RequestState]) -> Submitted:
         """Submit all of them, or none if one is refused, before anything of them runs.
@@ -313,6 +336,7 @@ class EngineService:
     def close(self) -> None:
         """Fail what is live, close the executor and wait for the thread; again does nothing."""
         self._thread.stop()
+        self._constraints.close()
 
 
 def _count_work(parts: EngineParts) -> ModelWork:
