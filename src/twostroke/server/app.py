@@ -44,6 +44,7 @@ from twostroke.server.metrics import CONTENT_TYPE, EngineCollector, render_metri
 from twostroke.server.openapi import build_openapi
 from twostroke.server.schemas import parse_chat_request, parse_completion_request
 from twostroke.server.settings import Served, ServerSettings, describe_served
+from twostroke.server.streams_api import CHAT, COMPLETION, Streams, install_streams
 from twostroke.server.timings import build_last_fields, build_timings
 from twostroke.server.tokens import detokenize, tokenize
 
@@ -68,7 +69,8 @@ def create_app(
     traffic = traffic or Traffic()
     served = describe_served(engine, settings)
     admission = Admission(settings.limits, traffic, engine.load)
-    api = _Api(served, traffic, admission)
+    streams = install_streams(app, served, settings.state)
+    api = _Api(served, traffic, admission, streams)
     for method, path, endpoint in (
         ("GET", "/v1/models", api.list_models),
         ("GET", "/v1/models/{name:path}", api.get_model),
@@ -107,10 +109,13 @@ def _build_on_done(
 class _Api:
     """The endpoints of one application."""
 
-    def __init__(self, served: Served, traffic: Traffic, admission: Admission) -> None:
+    def __init__(
+        self, served: Served, traffic: Traffic, admission: Admission, streams: Streams
+    ) -> None:
         self._served = served
         self._traffic = traffic
         self._admission = admission
+        self._streams = streams
         self._collector = EngineCollector(served, traffic)
 
     async def list_models(self) -> Response:
@@ -132,8 +137,10 @@ class _Api:
         if parsed.common.stream:
             writer = CompletionWriter(head, choices, parsed.common.include_usage)
             get_last = partial(build_last_fields, parsed.common, generation)
-            return EventStream(generation, writer, get_last)
-        outputs = await run_while_connected(request.receive, generation.collect())
+            record = self._streams.record(COMPLETION, head, body, generation)
+            return EventStream(generation, writer, get_last, record)
+        with self._streams.note_reply(head):
+            outputs = await run_while_connected(request.receive, generation.collect())
         reply = build_completion_reply(head, generation, outputs, choices)
         if parsed.common.timings:
             reply["timings"] = build_timings(generation)
@@ -153,8 +160,10 @@ class _Api:
         if parsed.common.stream:
             writer = ChatWriter(head, get_bytes, parsed.common.include_usage)
             get_last = partial(build_last_fields, parsed.common, generation)
-            return EventStream(generation, writer, get_last)
-        outputs = await run_while_connected(request.receive, generation.collect())
+            record = self._streams.record(CHAT, head, body, generation)
+            return EventStream(generation, writer, get_last, record)
+        with self._streams.note_reply(head):
+            outputs = await run_while_connected(request.receive, generation.collect())
         reply = build_chat_reply(head, generation, outputs, get_bytes)
         if parsed.common.timings:
             reply["timings"] = build_timings(generation)

@@ -13,7 +13,13 @@ from typing import Any
 from twostroke.engine.outputs import OutputDelta
 from twostroke.errors import InvalidParameter
 from twostroke.server.events import ChunkFrame, dump
-from twostroke.server.generation import Generation, Submission, build_params, get_finish_reason
+from twostroke.server.generation import (
+    Generation,
+    PromptSource,
+    Submission,
+    build_params,
+    get_finish_reason,
+)
 from twostroke.server.logprobs import CompletionLogprobs, ScoredToken
 from twostroke.server.schemas import CompletionRequest, Prompt
 from twostroke.server.settings import Served
@@ -52,10 +58,10 @@ class CompletionChoices:
     """
 
     def __init__(
-        self, served: Served, generation: Generation, submission: Submission, echo: bool
+        self, served: Served, prompts: PromptSource, submission: Submission, echo: bool
     ) -> None:
         self._tokenizer = served.engine.tokenizer
-        self._generation = generation
+        self._prompts = prompts
         self._submission = submission
         self._echo = echo
         self._opened: set[int] = set()
@@ -99,10 +105,10 @@ class CompletionChoices:
         if self._submission.params.logprobs is None:
             return []
         get_bytes = self._tokenizer.get_token_bytes
-        parts = [get_bytes(token) for token in self._generation.get_prompt_tokens(choice)]
+        parts = [get_bytes(token) for token in self._prompts.get_prompt_tokens(choice)]
         overhang = len(b"".join(parts).decode("utf-8", errors="replace")) - len(text)
         self._logprobs[choice] = CompletionLogprobs(get_bytes, max(0, overhang))
-        scores = self._generation.get_prompt_logprobs(choice)
+        scores = self._prompts.get_prompt_logprobs(choice)
         return [
             ScoredToken(data, entry) for data, entry in zip(parts, (None, *scores), strict=True)
         ]

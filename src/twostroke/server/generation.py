@@ -108,6 +108,9 @@ class TokenStream(Protocol):
     """One prompt's output; a RequestStream, or what is left of one that had ended."""
 
     @property
+    def seed(self) -> int: ...
+
+    @property
     def prompt_tokens(self) -> tuple[int, ...]: ...
 
     @property
@@ -121,6 +124,14 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[OutputDelta]: ...
 
 
+class PromptSource(Protocol):
+    """What is known of the prompts that the choices of a request continue."""
+
+    def get_prompt_tokens(self, choice: int) -> tuple[int, ...]: ...
+
+    def get_prompt_logprobs(self, choice: int) -> tuple[TokenLogprob, ...]: ...
+
+
 class Generation:
     """The running streams of one API request."""
 
@@ -130,6 +141,7 @@ class Generation:
         self._streams = tuple(streams)
         self._n = submission.params.n
         self._prompt_only = submission.prompt_only
+        self.sender = submission.sender
         self._emitted = past.emitted
         self._cached = past.cached
         self._unread = 0  # tokens that arrived and were not taken
@@ -158,6 +170,14 @@ class Generation:
         The engine reports it once for a prompt, with the first delta of any continuation.
         """
         return self._prompt_logprobs.get(choice // self._n, ())
+
+    def get_prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of each prompt."""
+        return [stream.prompt_tokens for stream in self._streams]
+
+    def get_seeds(self) -> list[int]:
+        """What the draws of each prompt's continuations begin from, given or fresh."""
+        return [stream.seed for stream in self._streams]
 
     def get_usage(self) -> dict[str, Any]:
         """Token counts so far, in OpenAI's shape."""
@@ -246,10 +266,12 @@ class Generation:
             async for delta in self._streams[place]:
                 arrived.append((place * self._n + delta.index, delta))
                 self._unread += len(delta.tokens)
+                self._wake.set()
+                if self._unread > MAX_UNREAD_TOKENS:
+                    await asyncio.sleep(0)  # whoever still reads takes it now
                 if self._unread > MAX_UNREAD_TOKENS:
                     self.end(SlowReader(f"{self._unread} tokens were not read; read faster"))
                     arrived.clear()
-                self._wake.set()
         finally:
             self._wake.set()
 

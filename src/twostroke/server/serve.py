@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from twostroke.errors import InvalidParameter
 from twostroke.server.app import create_app
@@ -74,7 +75,8 @@ async def serve(
         with listen(options.host, options.port) as listener, _stop_on_signals(stop):
             traffic = Traffic()
             _raise_descriptors(options.settings.limits.connections)
-            server = uvicorn.Server(_configure(engine, options, traffic))
+            app = create_app(engine, options.settings, traffic)
+            server = uvicorn.Server(_configure(app, options, traffic))
 
             async def stop_when_told() -> None:
                 await stop.wait()
@@ -85,22 +87,24 @@ async def serve(
 
             stopper = asyncio.ensure_future(stop_when_told())
             try:
+                await app.state.streams.resume_all()
                 if ready is not None:
                     ready(options.host, listener.getsockname()[1])
                 await server.serve(sockets=[listener])
             finally:
+                app.state.streams.close()
                 stopper.cancel()
                 await asyncio.gather(stopper, return_exceptions=True)
     finally:
         await asyncio.to_thread(engine.close)
 
 
-def _configure(engine: AsyncLLM, options: ServeOptions, traffic: Traffic) -> uvicorn.Config:
+def _configure(app: FastAPI, options: ServeOptions, traffic: Traffic) -> uvicorn.Config:
     # Logging is the caller's to set up (logs.py); requests have a line of ours there.
     limits = options.settings.limits
     protocol: Any = build_protocol(limits, traffic)
     return uvicorn.Config(
-        create_app(engine, options.settings, traffic),
+        app,
         http=protocol,
         access_log=False,
         log_config=None,

@@ -10,6 +10,7 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.types import Scope
@@ -33,7 +34,8 @@ class RequestTracer(Protocol):
 class ServerSettings:
     """aliases: further names the model answers to. keys: who is let in; none lets everybody in.
     is_local: answer only to names of this machine. facts: whatever the exact output depends on
-    beside the model's description, as text."""
+    beside the model's description, as text. state: folder of the durable log; None keeps nothing
+    beyond the process."""
 
     aliases: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
@@ -41,6 +43,7 @@ class ServerSettings:
     is_local: bool = False
     facts: str = ""
     tracer: RequestTracer | None = None
+    state: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
