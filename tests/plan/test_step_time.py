@@ -187,16 +187,41 @@ def test_a_fit_finds_the_costs_that_made_the_samples() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.randoms(use_true_random=False))
-def test_a_fit_has_no_negative_cost_and_no_falling_curve(draw) -> None:
+def test_a_fit_has_no_negative_cost_and_beyond_few_tokens_no_falling_curve(draw) -> None:
     samples = [
         (totals, round(duration * draw.uniform(0.5, 2)))
         for totals, duration in make_samples(MeasuredCost(GEMMA, FIT))
     ]
     fit = fit_steps(samples, 0.1)
-    for curve in (fit.token_ns, fit.sampled_ns):
-        assert list(curve) == sorted(curve)
-        assert curve[0] >= 0
+    for knots, curve in ((fit.token_knots, fit.token_ns), (fit.sampled_knots, fit.sampled_ns)):
+        many = [each for knot, each in zip(knots, curve, strict=True) if knot >= 8]
+        assert many == sorted(many)
+        assert min(curve) >= 0
     assert min(fit.row_ns, fit.decode_pair_ns, fit.prompt_pair_ns, fit.prompt_key_ns) >= 0
+
+
+def test_a_fit_follows_steps_of_few_tokens_that_take_longer_than_more_tokens_do() -> None:
+    made = replace(
+        FIT, token_knots=(1, 4, 8, 64, 512), token_ns=(9e6, 5e6, 6e6, *FIT.token_ns[-2:])
+    )
+    cost = MeasuredCost(GEMMA, made)
+    samples = make_samples(cost)
+    for rows in ([(4, 0, 0)], [(4, 700, 0)], [(1, 9, 1)] * 4):
+        totals = add_rows(cost, rows)
+        samples.append((totals, cost.predict_ns(totals)))
+    found = MeasuredCost(GEMMA, fit_steps(samples, 0.2))
+    for rows in ([(1, 500, 1)], [(4, 100, 0)], [(1, 40, 1)] * 4):
+        totals = add_rows(cost, rows)
+        assert found.predict_ns(totals) == pytest.approx(cost.predict_ns(totals), rel=0.02)
+
+
+def test_what_the_engine_takes_is_added_to_every_step_and_row() -> None:
+    fit = replace(FIT, engine_step_ns=100_000.0, engine_row_ns=7_000.0)
+    cost = MeasuredCost(GEMMA, fit)
+    for rows in ([(1, 700, 1)], [(200, 900, 0)], [(1, 50, 1)] * 30 + [(256, 300, 1)]):
+        totals = add_rows(cost, rows)
+        around = cost.add_engine().predict_ns(totals) - cost.predict_ns(totals)
+        assert around == pytest.approx(100_000 + 7_000 * len(rows), abs=1)
 
 
 def test_one_slow_repeat_changes_nothing() -> None:

@@ -5,10 +5,12 @@ an order of its own, so that a slow moment of the machine touches other steps ev
 are fitted and predict the even ones; what is stored is fitted to all. Steps of sizes between the
 grid's are never fitted and tell how well the fit holds elsewhere. Keys and values are one made-up
 number: their time does not depend on it, but memory never written to is read from one page.
+Afterwards the whole engine serves a few requests, for what it takes around a step.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +33,12 @@ from twostroke.cli.step_cost import (
 )
 from twostroke.core.ports import StepAnswer
 from twostroke.core.types import Row, SamplingSpec, SequenceId, StepPlan
+from twostroke.engine.outputs import OutputDelta
+from twostroke.engine.params import SamplingParams
+from twostroke.engine.service import EngineParts, EngineService
 from twostroke.errors import InvalidParameter
 from twostroke.exec.local import LocalExecutor
-from twostroke.plan.fit import fit_steps, get_quiet_ns
+from twostroke.plan.fit import fit_steps, get_usual_ns
 from twostroke.plan.step_time import MeasuredCost
 from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
@@ -42,23 +47,27 @@ from twostroke.spec.work import StepTotals, add_totals
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUDGET_S = 20.0
+BUDGET_S = 40.0
 _LEAST_ROUNDS = 4
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
 _POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut to what fits
 # A step of few tokens is mostly reading weights; in service it follows many of its like, which left
-# the caches as it needs them. So it is run several times, and the last counts.
+# the caches as it needs them. So it is run several times, and all but the first count.
 _SHORT = 16
-_SETTLE = 3
+_REPEATS = 4
 _KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
+# What of an engine's step is not the executor's.
+_AROUND = ("commit", "plan", "deliver", "inbox")
 _COPIED_BYTES = 2**24
 _TABLE_WIDTH = 100
 _MOST_DISTURBED = 0.05
 # Threads that wait for each other keep their cores busy, so a step's CPU time is its wall time on
 # every thread, less where another process had the core meanwhile.
 _LEAST_SHARE = 0.93
-_TRIES = 3
+# Requests at once, and tokens of each, that tell what the engine takes around a step.
+_ENGINE_ROWS = (1, 16)
+_ENGINE_TOKENS = 64
 
 # Decoding rows by their context, and lengths of a prompt's chunk by its start: long ones are few,
 # because they take most of a round's time.
@@ -69,7 +78,7 @@ _DECODES = {
     3072: (1, 3),
 }
 _PREFILLS = {
-    0: (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512),
+    0: (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512),
     512: (1, 4, 16, 32, 64, 256),
     2048: (1, 8, 32, 128),
 }
@@ -99,15 +108,19 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step that was measured: its totals, and nanoseconds of each round."""
+    """A step that was measured: its totals, and nanoseconds of each repeat, by rounds."""
 
     cell: Cell
     totals: StepTotals
-    times_ns: list[int] = field(default_factory=list)
+    rounds_ns: list[list[int]] = field(default_factory=list)
+
+    def get_times_ns(self, first: int, stride: int) -> list[int]:
+        """Times of every `stride`th round from round `first` on."""
+        return [each for times_ns in self.rounds_ns[first::stride] for each in times_ns]
 
     def get_held_out_ns(self) -> float:
         """Its time in the even rounds."""
-        return get_quiet_ns(self.times_ns[1::2])
+        return get_usual_ns(self.get_times_ns(1, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,7 @@ def run_calibrate(model: str, on: MachineOptions) -> None:
     try:
         if not isinstance(executor, LocalExecutor):
             raise InvalidParameter("backend", "only an executor of this process can be measured")
-        found = calibrate(executor, spec, settings, BUDGET_S)
+        found = calibrate(built.parts, settings, BUDGET_S)
     finally:
         executor.close()
         built.model.close()
@@ -155,19 +168,19 @@ def run_calibrate(model: str, on: MachineOptions) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, _TABLE_WIDTH)  # also where the output is piped on
     console.print(build_table(found, build_limits_cost(spec, settings)))
-    rounds = len(found.measured[0].times_ns)
+    rounds = len(found.measured[0].rounds_ns)
     for line in describe(found):
         console.print(line, soft_wrap=True)
     console.print(f"{len(found.measured)} steps, {rounds} rounds; stored as {path}", soft_wrap=True)
 
 
-def calibrate(
-    executor: LocalExecutor, spec: ModelSpec, settings: ResolvedSettings, budget_s: float
-) -> Calibration:
-    """Measures the grid for about `budget_s` seconds, four rounds at least, and fits.
+def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -> Calibration:
+    """Measures the grid for about `budget_s` seconds, four rounds at least, then the engine.
 
-    Writes to every block of the executor's pool.
+    Writes to every block of the executor's pool, and closes the executor.
     """
+    executor, spec = parts.executor, parts.spec
+    assert isinstance(executor, LocalExecutor)
     executor.runner.view_kv().fill(_KV_BYTE)
     work = get_settings_work(spec, settings)
     measured: list[Measured] = []
@@ -185,19 +198,22 @@ def calibrate(
     begin, rounds, disturbed = time.monotonic(), 0, 0
     while rounds < _MOST_ROUNDS:
         for at in get_order(len(plans), rounds):
-            settle = _SETTLE if measured[at].totals.tokens <= _SHORT else 0
-            duration_ns, is_quiet = repeat_step(executor, plans[at], settle, settings.threads)
-            measured[at].times_ns.append(duration_ns)
+            repeats = _REPEATS if measured[at].totals.tokens <= _SHORT else 1
+            times_ns, is_quiet = repeat_step(executor, plans[at], repeats, settings.threads)
+            measured[at].rounds_ns.append(times_ns)
             disturbed += not is_quiet
         rounds += 1
         spent = time.monotonic() - begin
         if rounds >= _LEAST_ROUNDS and spent + spent / rounds > budget_s:
             break
     copy_byte_ns = time_copies(executor, settings.num_blocks, settings.kv_bytes)
+    engine_ns = time_engine(parts)
     fitted = [each for each in measured if each.cell.is_fitted]
-    half = [(each.totals, at) for each in fitted for at in each.times_ns[::2]]
-    whole = [(each.totals, at) for each in fitted for at in each.times_ns]
-    cost, held_out = (MeasuredCost(work, fit_steps(each, copy_byte_ns)) for each in (whole, half))
+    half = [(each.totals, at) for each in fitted for at in each.get_times_ns(0, 2)]
+    whole = [(each.totals, at) for each in fitted for at in each.get_times_ns(0, 1)]
+    cost, held_out = (
+        MeasuredCost(work, fit_steps(each, copy_byte_ns, engine_ns)) for each in (whole, half)
+    )
     return Calibration(measured, cost, held_out, disturbed / (rounds * len(measured)))
 
 
@@ -293,23 +309,50 @@ def time_step(executor: LocalExecutor, plan: StepPlan) -> int:
 
 
 def repeat_step(
-    executor: LocalExecutor, plan: StepPlan, settle: int, threads: int
-) -> tuple[int, bool]:
-    """The step's time after `settle` runs that do not count, and whether nothing disturbed it.
+    executor: LocalExecutor, plan: StepPlan, repeats: int, threads: int
+) -> tuple[list[int], bool]:
+    """Times of a step run `repeats` times, without the first of several, and whether other
+    processes left it the cores."""
+    begin_ns, used_ns = time.perf_counter_ns(), time.process_time_ns()
+    times_ns = [time_step(executor, plan) for _ in range(repeats)]
+    used_ns = time.process_time_ns() - used_ns
+    is_quiet = used_ns >= _LEAST_SHARE * threads * (time.perf_counter_ns() - begin_ns)
+    return times_ns[1:] or times_ns, is_quiet
 
-    A disturbed step is tried again; what stays disturbed counts.
-    """
-    for _ in range(settle):
-        time_step(executor, plan)
-    duration_ns, is_quiet = 0, False
-    for _ in range(_TRIES):
-        begin_ns, used_ns = time.perf_counter_ns(), time.process_time_ns()
-        duration_ns = time_step(executor, plan)
-        used_ns = time.process_time_ns() - used_ns
-        is_quiet = used_ns >= _LEAST_SHARE * threads * (time.perf_counter_ns() - begin_ns)
-        if is_quiet:
-            break
-    return duration_ns, is_quiet
+
+def time_engine(parts: EngineParts) -> tuple[float, float]:
+    """Nanoseconds the engine takes from one step to the next beside the executor: for every step,
+    and for each of its rows. Serves requests, and closes the engine."""
+    service = EngineService(parts)
+    try:
+        few, many = (_time_around(service, rows) for rows in _ENGINE_ROWS)
+    finally:
+        service.close()
+    row_ns = max(0.0, (many - few) / (_ENGINE_ROWS[1] - _ENGINE_ROWS[0]))
+    return max(0.0, few - row_ns * _ENGINE_ROWS[0]), row_ns
+
+
+def _time_around(service: EngineService, rows: int) -> float:
+    """Nanoseconds a step of so many rows takes outside the executor, in the mean of many."""
+    params = SamplingParams(temperature=0.0, max_tokens=_ENGINE_TOKENS, ignore_eos=True, seed=0)
+    left = threading.Semaphore(0)
+
+    def take(deltas: Sequence[OutputDelta], ended: bool) -> None:
+        if ended:
+            left.release()
+
+    states = []
+    for row in range(rows):
+        tokens = tuple((97 * row + at) % service.parts.spec.vocab_size for at in range(4))
+        request = service.make_request(params, f"calibration-{rows}-{row}", tokens)
+        states.append(service.make_state(request, params, take))
+    before = service.get_stats()
+    service.submit(states).result()
+    for _ in states:
+        left.acquire()
+    after = service.get_stats()
+    around_s = sum(after.part_seconds[part] - before.part_seconds[part] for part in _AROUND)
+    return around_s * 1e9 / (after.steps - before.steps)
 
 
 def time_copies(executor: LocalExecutor, num_blocks: int, kv_bytes: int) -> float:
@@ -366,6 +409,11 @@ def describe(found: Calibration) -> Iterator[str]:
         if errors:
             most = _get_p90(errors)
             yield f"{name:15} median error {median(errors):.1%}, 90th percentile {most:.1%}"
+    fit = found.cost.fit
+    yield (
+        f"the engine takes {fit.engine_step_ns / 1e6:.3f} ms around a step, and "
+        f"{fit.engine_row_ns / 1e6:.3f} ms for each of its rows"
+    )
     if found.disturbed > _MOST_DISTURBED:
         yield (
             f"the machine was busy with other things during {found.disturbed:.0%} of the steps: "

@@ -1,14 +1,16 @@
 """Fits a StepFit to measured steps, by least squares of relative errors without negative costs.
 
-Owns the choice of knots and the solver. Repeats of a step count as the mean of their faster half,
-because noise only ever adds time; every step then weighs the same, short or long. The same samples
-give the same fit.
+Owns the choice of knots and the solver. Repeats of a step count as their mean, because in service a
+step is as often slow as it was here; every step then weighs the same, short or long. The same
+samples give the same fit.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +21,22 @@ from twostroke.spec.work import StepTotals
 
 Matrix = NDArray[np.float64]
 _TOLERANCE = 1e-10
+# Steps of few tokens are computed in other ways, one of which may be slower than that for a few
+# more: up to here a curve may fall.
+_FEW = 16
+_WILD = 2.5
 
 
-def fit_steps(samples: Sequence[tuple[StepTotals, int]], copy_byte_ns: float) -> StepFit:
+def fit_steps(
+    samples: Sequence[tuple[StepTotals, int]],
+    copy_byte_ns: float,
+    engine_ns: tuple[float, float] = (0.0, 0.0),
+) -> StepFit:
     """The StepFit nearest to measured steps, given as (totals, duration in nanoseconds).
 
+    engine_ns: what the engine takes around a step, and for each of its rows.
     Token knots are the sizes of steps of one kind, decoding rows only or one prompt row; drawn
-    tokens have a knot at every number measured.
+    tokens have a knot at every number measured. Beyond _FEW neither curve falls.
     Raises InvalidParameter naming the steps that are missing when they do not tell all costs.
     """
     durations: dict[StepTotals, list[int]] = defaultdict(list)
@@ -35,7 +46,7 @@ def fit_steps(samples: Sequence[tuple[StepTotals, int]], copy_byte_ns: float) ->
     _check_enough(steps)
     token_knots = tuple(sorted({step.tokens for step in steps if _is_of_one_kind(step)}))
     sampled_knots = tuple(sorted({0} | {step.sampled for step in steps}))
-    times = np.array([get_quiet_ns(durations[step]) for step in steps])
+    times = np.array([get_usual_ns(durations[step]) for step in steps])
     columns = list(_get_columns(steps, token_knots, sampled_knots))
     # Columns of like size keep the solver's tolerance meaningful.
     design = np.stack(columns, axis=1) / times[:, None]
@@ -47,21 +58,27 @@ def fit_steps(samples: Sequence[tuple[StepTotals, int]], copy_byte_ns: float) ->
     row_ns, decode_pair_ns, prompt_pair_ns, prompt_key_ns = costs[sampled_end:]
     return StepFit(
         token_knots=token_knots,
-        token_ns=_sum_ramps(token_knots, costs[0], costs[1:tokens_end]),
+        token_ns=_build_curve(token_knots, costs[:tokens_end]),
         sampled_knots=sampled_knots,
-        sampled_ns=_sum_ramps(sampled_knots, 0.0, costs[tokens_end:sampled_end]),
+        sampled_ns=_build_curve(sampled_knots, [0.0, *costs[tokens_end:sampled_end]]),
         row_ns=row_ns,
         decode_pair_ns=decode_pair_ns,
         prompt_pair_ns=prompt_pair_ns,
         prompt_key_ns=prompt_key_ns,
         copy_byte_ns=copy_byte_ns,
+        engine_step_ns=engine_ns[0],
+        engine_row_ns=engine_ns[1],
     )
 
 
-def get_quiet_ns(durations_ns: Sequence[int]) -> float:
-    """The time of a step that was repeated: the mean of the faster half, which noise spares."""
-    half = sorted(durations_ns)[: (len(durations_ns) + 1) // 2]
-    return sum(half) / len(half)
+def get_usual_ns(durations_ns: Sequence[int]) -> float:
+    """The time of a step that was repeated: the mean of the repeats but wild ones.
+
+    Wild is what takes over _WILD times the median: the machine was doing something else.
+    """
+    wild = _WILD * median(durations_ns)
+    usual = [each for each in durations_ns if each <= wild]
+    return sum(usual) / len(usual)
 
 
 def solve_non_negative(design: Matrix, target: Matrix) -> Matrix:
@@ -102,28 +119,45 @@ def _get_columns(
     """What each cost is multiplied by, step by step: (steps,) for each cost in StepFit's order."""
     table = np.array(steps, np.float64)
     rows, tokens, sampled, pairs, keys, decode_pairs, decode_keys = table.T
-    yield np.ones(len(steps))
-    yield from _get_ramps(tokens, token_knots)
-    yield from _get_ramps(sampled, sampled_knots)
+    yield from _get_curve(tokens, token_knots)
+    yield from list(_get_curve(sampled, sampled_knots))[1:]  # nothing drawn takes no time
     yield rows
     yield decode_pairs
     yield pairs - decode_pairs
     yield keys - decode_keys
 
 
-def _get_ramps(where: Matrix, knots: Sequence[int]) -> Iterator[Matrix]:
-    """For each stretch between knots, how much of it lies below `where`; the last goes on."""
-    for at in range(len(knots) - 1):
-        last = at == len(knots) - 2
-        high = np.inf if last else knots[at + 1]
-        yield np.clip(where, knots[at], high) - knots[at]
+def _get_curve(where: Matrix, knots: Sequence[int]) -> Iterator[Matrix]:
+    """A column for each knot: up to the bend the curve's value there, behind it a slope.
+
+    The value at the bend goes on, and each slope counts from the knot before; the last goes on.
+    """
+    bend = _find_bend(knots)
+    for at, knot in enumerate(knots):
+        if at > bend:
+            high = np.inf if at == len(knots) - 1 else knot
+            yield np.clip(where, knots[at - 1], high) - knots[at - 1]
+            continue
+        share = np.ones(len(where))
+        if at > 0:
+            share = np.minimum(share, (where - knots[at - 1]) / (knot - knots[at - 1]))
+        if at < bend:
+            share = np.minimum(share, (knots[at + 1] - where) / (knots[at + 1] - knot))
+        yield np.maximum(share, 0.0)
 
 
-def _sum_ramps(knots: Sequence[int], first: float, slopes: Sequence[float]) -> tuple[float, ...]:
-    values = [first]
-    for at, slope in enumerate(slopes):
-        values.append(values[-1] + slope * (knots[at + 1] - knots[at]))
+def _build_curve(knots: Sequence[int], costs: Sequence[float]) -> tuple[float, ...]:
+    """The curve's values at its knots."""
+    bend = _find_bend(knots)
+    values = list(costs[: bend + 1])
+    for at in range(bend + 1, len(knots)):
+        values.append(values[-1] + costs[at] * (knots[at] - knots[at - 1]))
     return tuple(values)
+
+
+def _find_bend(knots: Sequence[int]) -> int:
+    """Place of the last knot up to which the curve may fall; never the last of all."""
+    return max(0, min(bisect_right(knots, _FEW), len(knots) - 1) - 1)
 
 
 def _is_of_one_kind(step: StepTotals) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,11 @@ from twostroke.spec.work import ModelWork, StepTotals, grow_totals
 class StepFit:
     """A machine's step times as fitted to measured steps (see plan/fit.py); times in nanoseconds.
 
-    token_knots, token_ns: time of a step's layers at so many tokens, linear between and beyond,
-    never falling. sampled_knots, sampled_ns: the same for drawn tokens, from (0, 0). row_ns: for
-    each row. decode_pair_ns: for each (query, key) pair of rows of one token; prompt_pair_ns,
-    prompt_key_ns: for each pair and earlier key of other rows. copy_byte_ns: for each byte copied.
+    token_knots, token_ns: time of a step's layers at so many tokens, linear between and beyond.
+    sampled_knots, sampled_ns: the same for drawn tokens, from (0, 0). row_ns: for each row.
+    decode_pair_ns: for each (query, key) pair of rows of one token; prompt_pair_ns, prompt_key_ns:
+    for each pair and earlier key of other rows. copy_byte_ns: for each byte copied. engine_step_ns,
+    engine_row_ns: outside the executor, from one step to the next, and for each of its rows.
     """
 
     token_knots: tuple[int, ...]
@@ -43,6 +44,8 @@ class StepFit:
     prompt_pair_ns: float
     prompt_key_ns: float
     copy_byte_ns: float
+    engine_step_ns: float = 0.0
+    engine_row_ns: float = 0.0
 
     def to_json(self) -> str:
         """As text that `from_json` reads back exactly."""
@@ -77,15 +80,31 @@ class StepFit:
 
 
 class MeasuredCost:
-    """The time of a step on the machine it was measured on. See `StepCost` for the methods."""
+    """The time of a step on the machine it was measured on. See `StepCost` for the methods.
+
+    It is the executor's time, as outcomes say it; `add_engine` gives that from step to step.
+    """
 
     def __init__(self, work: ModelWork, fit: StepFit) -> None:
         """work: the model's counts, with the KV format that was measured."""
         self.fit = fit
+        self._work = work
         self.get_row_totals = work.get_row_totals
         self._num_layers = work.num_layers
         self._tokens = _Curve(fit.token_knots, fit.token_ns)
         self._sampled = _Curve(fit.sampled_knots, fit.sampled_ns)
+
+    def add_engine(self) -> MeasuredCost:
+        """The same with what the engine takes around each step: for simulating a whole engine."""
+        fit = self.fit
+        whole = replace(
+            fit,
+            token_ns=tuple(each + fit.engine_step_ns for each in fit.token_ns),
+            row_ns=fit.row_ns + fit.engine_row_ns,
+            engine_step_ns=0.0,
+            engine_row_ns=0.0,
+        )
+        return MeasuredCost(self._work, whole)
 
     def predict_ns(self, totals: StepTotals) -> int:
         """Time of one step."""
