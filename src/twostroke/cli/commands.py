@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twostroke.cli.options import (
+    BenchOptions,
     GenerateOptions,
     KeyOptions,
     LoadOptions,
@@ -83,6 +84,15 @@ def calibrate(model: ModelOption, on: MachineOptions) -> None:
     run_calibrate(model.model, on)
 
 
+def bench(
+    what: BenchOptions, load: LoadOptions, scheduling: SchedulingOptions, on: MachineOptions
+) -> None:
+    """Run a load on the real engine, and show beside it what the simulator predicts."""
+    from twostroke.cli.bench import run_bench
+
+    run_bench(what, load, scheduling, on)
+
+
 def serve(
     model: ModelOption, serving: ServeOptions, scheduling: SchedulingOptions, on: MachineOptions
 ) -> None:
@@ -125,6 +135,7 @@ COMMANDS = {
     "chat": Command(chat, (ModelOption, SamplingOptions, MachineOptions)),
     "profile": Command(profile, (ModelOption, ProfileOptions, MachineOptions)),
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
+    "bench": Command(bench, (BenchOptions, LoadOptions, SchedulingOptions, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
     "roofline": Command(roofline, (RooflineOptions,)),

@@ -432,3 +432,35 @@ class RooflineOptions:
     json: bool = field(
         default=False, metadata=show("Print one JSON object as the last line.", "--json")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is run on the real engine, for how long, and what is kept of it."""
+
+    model: str | None = field(
+        default=None,
+        metadata=show(
+            "As in `twostroke generate`; not needed with --replay.",
+            is_argument=True,
+            metavar="MODEL",
+        ),
+    )
+    seconds: float = field(
+        default=60.0,
+        metadata=show("About how long the run takes where the load does not say."),
+    )
+    record: str | None = field(
+        default=None,
+        metadata=show("Write the run, input by input, to replay it later.", metavar="FILE"),
+    )
+    replay: str | None = field(
+        default=None,
+        metadata=show(
+            "Run nothing: give a recording to a fresh scheduler and compare its plans.",
+            metavar="FILE",
+        ),
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object as the last line.", "--json")
+    )

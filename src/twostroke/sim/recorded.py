@@ -106,8 +106,8 @@ def list_steps(recording: Recording) -> list[MeasuredStep]:
 def measure_recording(recording: Recording, policies: Policies) -> Records:
     """What the requests of a recording went through, as a simulation would have recorded it.
 
-    Arrivals are those of the header, else submissions; times count from the first. A request is
-    written with its last continuation. `policies` must be fresh.
+    Arrivals are those of the header, else submissions; times count from the first. A request
+    of several continuations ends with the last. `policies` must be fresh.
     """
     return _Observer(recording).run(Scheduler(recording.header.config, policies))
 
@@ -120,7 +120,6 @@ class _Observer:
     records: Records = field(default_factory=lambda: Records(1))
     lives: dict[str, Life] = field(default_factory=dict)
     unplanned: dict[str, Life] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
     start_ns: int = 0
 
     def run(self, scheduler: Scheduler) -> Records:
@@ -142,7 +141,6 @@ class _Observer:
             )
             self.records.add(arrival, index)
             self.lives[request.id] = self.unplanned[request.id] = Life(index, arrival, 0)
-            self.left[request.id] = request.n
         self._walk(scheduler)
         return self.records
 
@@ -201,9 +199,7 @@ class _Observer:
                 life.new_tokens += count
                 life.last_token_ns = now_ns
             elif isinstance(update, SequenceEnded):
-                self.left[update.sequence.request] -= 1
-                if not self.left[update.sequence.request]:
-                    self.records.end(life, now_ns, _FATES[type(update.ending)])
+                self.records.end(life, now_ns, _FATES[type(update.ending)])
             else:
                 life.preemptions += 1
 

@@ -1,0 +1,199 @@
+"""`twostroke bench`: a load on the real engine, and the same load as the simulator predicts it.
+
+Composes three runs of one scheduler: the engine that serves, recorded; the recording replayed plan
+for plan (parity); and the simulator alone, with this machine's calibration and nothing of what was
+measured (fidelity). It looks at the measured run only to print it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from twostroke.cli.bench_load import Load, settle_load
+from twostroke.cli.bench_replay import replay_file
+from twostroke.cli.bench_run import RealRun, run_load
+from twostroke.cli.bench_table import Compared, describe_bench, print_bench
+from twostroke.cli.calibrate import BUDGET_S, run_calibrate
+from twostroke.cli.compose import BuiltEngine, build_engine
+from twostroke.cli.options import BenchOptions, LoadOptions, MachineOptions, SchedulingOptions
+from twostroke.cli.scheduling import choose_policy, read_target
+from twostroke.cli.settings import (
+    Choice,
+    EngineSettings,
+    ResolvedSettings,
+    get_machine_settings,
+    keep_on_cpu,
+)
+from twostroke.cli.simulated import MAX_ITERATIONS
+from twostroke.cli.simulation_table import print_choices
+from twostroke.cli.step_cost import find_step_cost
+from twostroke.core.policy import Policies
+from twostroke.core.ports import ExecutorInfo
+from twostroke.core.types import SchedulerConfig
+from twostroke.engine.recording import Header
+from twostroke.engine.recording_file import write_recording
+from twostroke.errors import InvalidParameter
+from twostroke.plan.step_time import MeasuredCost
+from twostroke.policies.names import PolicyChoice, build_policies
+from twostroke.sim.arrivals import Arrival
+from twostroke.sim.cluster import Cluster
+from twostroke.sim.recorded import measure_recording, replay_recording
+from twostroke.sim.records import Records
+from twostroke.sim.replica import ReplicaSpec
+from twostroke.sim.results import summarise
+from twostroke.sim.routers import make_router
+from twostroke.sim.sources import Targets
+
+MAX_SECONDS = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """The simulator of one engine: the same sizes and policies, steps as calibrated."""
+
+    config: SchedulerConfig
+    info: ExecutorInfo
+    cost: MeasuredCost
+    policy: PolicyChoice
+
+    def make_policies(self) -> Policies:
+        """Fresh policies, as the engine's own."""
+        block_bytes = self.info.kv_bytes // self.info.num_blocks if self.config.host_blocks else 0
+        return build_policies(
+            self.policy,
+            step_tokens=self.config.step_tokens,
+            block_bytes=block_bytes,
+            cost=self.cost,
+        )
+
+    def simulate(self, arrivals: Sequence[Arrival]) -> Records:
+        """What the requests would go through."""
+        replica = ReplicaSpec(
+            scheduler=self.config,
+            info=self.info,
+            cost=self.cost.add_engine(),
+            make_policies=self.make_policies,
+            max_iterations=MAX_ITERATIONS,
+        )
+        return Cluster(replica, 1, make_router("round-robin", 1)).run(arrivals)
+
+    def predict_seconds(self, arrivals: Sequence[Arrival]) -> float:
+        """When the last of them would have ended."""
+        return self.simulate(arrivals).end_ns / 1e9
+
+
+def run_bench(
+    bench: BenchOptions, load: LoadOptions, scheduling: SchedulingOptions, on: MachineOptions
+) -> None:
+    """Run, replay, simulate and compare; or replay a recording. Raises TwostrokeError."""
+    if bench.replay is not None:
+        replay_file(Path(bench.replay), bench.json)
+        return
+    if bench.model is None:
+        raise InvalidParameter("model", "name the model to run, or a recording with --replay")
+    if not 0 < bench.seconds <= MAX_SECONDS:
+        raise InvalidParameter(
+            "seconds", f"must be above 0 and at most {MAX_SECONDS:,}, not {bench.seconds:g}"
+        )
+    path = None if bench.record is None else _check_record(bench.record)
+    wanted = EngineSettings(
+        model=bench.model,
+        **get_machine_settings(keep_on_cpu(on)),
+        policy=scheduling.policy,
+        pace=scheduling.pace,
+        ttft_target_ms=scheduling.ttft_target_ms,
+        itl_target_ms=scheduling.itl_target_ms,
+        has_chat=False,
+    )
+    built, cost, note = _build_calibrated(wanted, on)
+    parts, settings = built.parts, built.settings
+    try:
+        itl_ns = read_target("itl_target_ms", scheduling.itl_target_ms)
+        named = choose_policy(scheduling.policy, scheduling.pace, scheduling.itl_target_ms)
+        policy = PolicyChoice(order=named.order, pace=named.pace, itl_ns=itl_ns)
+        config = parts.scheduler.config
+        predictor = Predictor(config, parts.executor.describe(), cost, policy)
+        targets = Targets(
+            context_tokens=parts.spec.context_tokens,
+            ttft_ns=read_target("ttft_target_ms", scheduling.ttft_target_ms),
+            itl_ns=itl_ns,
+        )
+        settled = settle_load(load, targets, bench.seconds, predictor.predict_seconds)
+        choices = (*settings.choices, note, *settled.choices)
+        print_choices(choices)
+        sys.stdout.flush()
+        header = Header(
+            parts.model_name, config, _describe_policies(predictor, bench.model, settings)
+        )
+        run = run_load(parts, settled.arrivals, header)
+    finally:
+        parts.executor.close()
+        built.model.close()
+    if path is not None:
+        write_recording(run.recording, path)
+        print(f"wrote {path}")
+    compared = compare(run, settled, predictor)
+    print_bench(compared, settled.fitted)
+    if bench.json:
+        print(json.dumps(describe_bench(compared, settled.fitted, choices)))
+
+
+def compare(run: RealRun, load: Load, predictor: Predictor) -> Compared:
+    """Replay the run, simulate its load, and put both beside each other."""
+    replayed = replay_recording(run.recording, predictor.make_policies())
+    measured = measure_recording(run.recording, predictor.make_policies())
+    began = time.perf_counter()
+    predicted = predictor.simulate(load.arrivals)
+    took_s = time.perf_counter() - began
+    num_blocks = predictor.config.num_blocks
+    return Compared(
+        replayed=replayed,
+        measured=summarise(measured, num_blocks, measured.end_ns / 1e9),
+        predicted=summarise(predicted, num_blocks, took_s),
+        late_ns=run.late_ns,
+        part_seconds=run.stats.part_seconds,
+        others_share=run.others_share,
+    )
+
+
+def _describe_policies(
+    predictor: Predictor, model: str, settings: ResolvedSettings
+) -> dict[str, object]:
+    """What a replay needs to make the policies again."""
+    return {
+        "choice": asdict(predictor.policy),
+        "block_bytes": predictor.info.kv_bytes // predictor.info.num_blocks,
+        "model": model,
+        "kv": settings.kv_element.value,
+        "fit": json.loads(predictor.cost.fit.to_json()),
+    }
+
+
+def _build_calibrated(
+    wanted: EngineSettings, on: MachineOptions
+) -> tuple[BuiltEngine, MeasuredCost, Choice]:
+    """The engine and its calibration, made first where there is none; what was done, to print."""
+    done = Choice("step times", "calibrated", "stored by `twostroke calibrate` on this machine")
+    while True:
+        built = build_engine(wanted)
+        cost = find_step_cost(built.parts.spec, built.settings)
+        if isinstance(cost, MeasuredCost):
+            return built, cost, done
+        built.parts.executor.close()
+        built.model.close()
+        print(f"no calibration of this model here: measuring its steps for {BUDGET_S:g} s first")
+        sys.stdout.flush()
+        run_calibrate(wanted.model, on)
+        done = Choice("step times", "calibrated", "just now, because there was no calibration")
+
+
+def _check_record(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidParameter("record", f"{path}: must be a file in a folder that exists")
+    return path
