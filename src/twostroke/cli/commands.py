@@ -21,6 +21,7 @@ from twostroke.cli.options import (
     LoadOptions,
     MachineOptions,
     ModelOption,
+    PlanOptions,
     ProfileOptions,
     RooflineOptions,
     SamplingOptions,
@@ -128,6 +129,13 @@ def roofline(options: RooflineOptions) -> None:
     run_roofline(options)
 
 
+def plan(options: PlanOptions) -> None:
+    """Say which devices, how many and in which pools, keep what is asked, and what they cost."""
+    from twostroke.cli.plan import run_plan
+
+    run_plan(options)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -138,6 +146,7 @@ COMMANDS = {
     "bench": Command(bench, (BenchOptions, LoadOptions, SchedulingOptions, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
+    "plan": Command(plan, (PlanOptions,)),
     "roofline": Command(roofline, (RooflineOptions,)),
     "simulate": Command(
         simulate, (SimulatedMachineOptions, LoadOptions, SchedulingOptions, SimulationOutput)

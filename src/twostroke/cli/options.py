@@ -464,3 +464,110 @@ class BenchOptions:
     json: bool = field(
         default=False, metadata=show("Print one JSON object as the last line.", "--json")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What is to be served, how well, and on what."""
+
+    model: str | None = field(
+        default=None,
+        metadata=show(
+            "A built-in description such as llama-2-70b; llama-2-70b:q4_0 plans for that format "
+            "alone. For this machine any model that `generate` takes.",
+            metavar="NAME",
+        ),
+    )
+    device: list[str] | None = field(
+        default=None,
+        metadata=show(
+            'Devices to compare, as in `simulate`, several times or with commas between; "this" '
+            "plans for this machine.",
+            metavar="NAME",
+        ),
+    )
+    rate: str | None = field(
+        default=None,
+        metadata=show(
+            'Requests a second, or "2x" for a trace twice as fast.',
+            default="the trace's; of this machine what it keeps",
+        ),
+    )
+    prompt_tokens: str | None = field(
+        default=None,
+        metadata=show("Prompt lengths, as in `simulate`.", default="the trace's, else 512"),
+    )
+    new_tokens: str | None = field(
+        default=None,
+        metadata=show(
+            "Answer lengths, as those of prompts.",
+            "--new-tokens",
+            "--output-tokens",
+            default="the trace's, else 128",
+        ),
+    )
+    trace: str | None = field(
+        default=None,
+        metadata=show("Recorded requests, as in `simulate`.", metavar="FILE"),
+    )
+    ttft_target_ms: float | None = field(
+        default=None,
+        metadata=show(
+            "Longest time to the first token, kept for 9 of 10 requests.",
+            "--ttft-target-ms",
+            "--ttft",
+            default="none",
+        ),
+    )
+    itl_target_ms: float | None = field(
+        default=None,
+        metadata=show(
+            "Longest mean time between a request's tokens, kept for 9 of 10.",
+            "--itl-target-ms",
+            "--tpot-target-ms",
+            "--tpot",
+            default="none",
+        ),
+    )
+    kv: str | None = field(
+        default=None,
+        metadata=show("How keys and values are stored.", default="f16 and int8 are compared"),
+    )
+    max_rows: int | None = field(
+        default=None,
+        metadata=show("Most sequences computed in one step.", default="256", least=1, most=1024),
+    )
+    price: float | None = field(
+        default=None,
+        metadata=show(
+            "Dollars an hour for one device.", default="the list price in its file, if there is one"
+        ),
+    )
+    kv_link_gbits: float = field(
+        default=200.0,
+        metadata=show("Link of each prefill replica to the decode pool, Gbit/s one way."),
+    )
+    failures: float = field(
+        default=1.0, metadata=show("Failures of a replica a month, for --explain.")
+    )
+    check: bool = field(
+        default=True,
+        metadata=show(
+            "Simulate the best few, or answer in closed form only.", "--check/--no-check"
+        ),
+    )
+    explain: bool = field(
+        default=False,
+        metadata=show("Show each formula with its numbers, and recovery.", "--explain"),
+    )
+    output: list[str] | None = field(
+        default=None,
+        metadata=show(
+            "Write cost against speed as a picture (.png, .svg); may be given several times.",
+            metavar="FILE",
+        ),
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object as the last line.", "--json")
+    )
+    seed: int = field(default=0, metadata=show("Of the drawn requests.", least=0))

@@ -1,0 +1,314 @@
+"""`twostroke plan`: which devices, how many, in which pools, for what is asked; then checked.
+
+Composes options from names (devices, formats, tensor parallelism, step budgets), lets
+plan/search.py choose in closed form, and has the best few run in the simulator under the same
+requests. What cannot be is answered with the nearest thing that can. `--device this` plans for this
+machine alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from twostroke.cli.options import PlanOptions
+from twostroke.cli.plan_check import Checked, check_candidate
+from twostroke.cli.plan_table import describe_plan, explain, print_plan
+from twostroke.cli.roofline import THIS, check_pictures
+from twostroke.cli.settings import format_bytes
+from twostroke.cli.simulated import (
+    ENGINES,
+    KV_ELEMENTS,
+    MAX_REPLICAS,
+    MAX_ROWS,
+    MAX_TARGET_MS,
+    check_name,
+    find_device,
+    find_model,
+    get_pool_bytes,
+)
+from twostroke.errors import DeviceError, InvalidParameter
+from twostroke.plan.capacity import Demand, Engine, find_capacity
+from twostroke.plan.roofline_cost import RooflineCost
+from twostroke.plan.search import Candidate, Nearest, Option, find_nearest, get_rank, search
+from twostroke.sim.sources import Source, SourceChoice, build_source
+from twostroke.spec.device import DeviceSpec
+from twostroke.spec.kv import KvElement
+from twostroke.spec.model import ModelSpec
+from twostroke.spec.work import get_model_work
+
+_BUDGETS = (512, 1024, 2048, 4096, 8192)
+_DEGREES = (1, 2, 4, 8)
+_WEIGHTS, _ELEMENTS = ("bf16", "q8_0"), ("f16", "int8")
+_SHOWN = 4
+_MEASURED = 2000  # requests whose lengths make the means
+_HOUR_MS = 3.6e6
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, settled: the requests, their means and targets, and what may be chosen."""
+
+    demand: Demand
+    source: Source | None
+    options: tuple[Option, ...]
+    link_bandwidth: float
+    most_replicas: int
+    refused: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The plans that keep what is asked, the best first; `checked` were simulated."""
+
+    question: Question
+    candidates: tuple[Candidate, ...]
+    shown: tuple[Candidate, ...]
+    checked: tuple[Checked, ...]
+    seconds: float
+
+
+def run_plan(options: PlanOptions) -> None:
+    """Answer, check and show. Raises TwostrokeError."""
+    paths = check_pictures(options.output or [])
+    began = time.perf_counter()
+    question = ask(options)
+    answer = find(question)
+    seconds = time.perf_counter() - began
+    if options.check and question.source is not None:
+        answer = check(answer)
+    print_plan(answer, seconds)
+    if options.explain:
+        explain(answer, options.failures)
+    sys.stdout.flush()
+    for path in paths:
+        from twostroke.plan.pareto_plot import draw_front
+
+        try:
+            draw_front(answer.candidates, question.demand, answer.shown, path)
+        except OSError as error:
+            message = f"{path} cannot be written: {error.strerror}"
+            raise InvalidParameter("output", message) from error
+        print(f"wrote {path}")
+    if options.json:
+        print(json.dumps(describe_plan(answer, seconds)))
+
+
+def ask(options: PlanOptions) -> Question:
+    """Settle what is asked. Raises TwostrokeError."""
+    targets = [_get_seconds(*each) for each in (
+        ("ttft_target_ms", options.ttft_target_ms), ("itl_target_ms", options.itl_target_ms)
+    )]  # fmt: skip
+    names = [name.strip() for text in options.device or [] for name in text.split(",")]
+    if THIS in names:
+        return _ask_this(options, names, targets)
+    if not names:
+        find_device(None)
+    source = _build_source(options)
+    demand = _measure(source, targets)
+    made = list(_build_options(options, names))
+    refused = [each for each in made if isinstance(each, str)]
+    found = [each for each in made if isinstance(each, Option)]
+    if not found:
+        raise InvalidParameter("device", "; ".join(dict.fromkeys(refused)))
+    if options.kv_link_gbits <= 0:
+        raise InvalidParameter("kv_link_gbits", "must be above 0, such as 200")
+    link = options.kv_link_gbits * 1e9 / 8
+    return Question(demand, source, tuple(found), link, MAX_REPLICAS, tuple(refused))
+
+
+def find(question: Question) -> Answer:
+    """The plans, in closed form. Raises InvalidParameter with what is possible where none keeps
+    what is asked."""
+    began = time.perf_counter()
+    demand = question.demand
+    candidates = search(question.options, demand, question.link_bandwidth, question.most_replicas)
+    if not candidates:
+        _refuse(question, find_nearest(question.options, demand))
+    seconds = time.perf_counter() - began
+    return Answer(question, tuple(candidates), tuple(_choose(candidates)), (), seconds)
+
+
+def check(answer: Answer) -> Answer:
+    """Simulate the best few; one that fails gets more replicas, within bounds."""
+    question = answer.question
+    assert question.source is not None
+    began = time.perf_counter()
+    checked = [
+        check_candidate(candidate, question.demand, question.source) for candidate in answer.shown
+    ]
+    order = sorted(checked, key=lambda each: (not each.is_kept, *get_rank(each.candidate)))
+    shown = tuple(each.candidate for each in order)
+    seconds = time.perf_counter() - began
+    return replace(answer, shown=shown, checked=tuple(order), seconds=answer.seconds + seconds)
+
+
+def _choose(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The best of each device, format and number of pools; one at least in plain formats."""
+    kinds: dict[tuple[object, ...], Candidate] = {}
+    for candidate in candidates:
+        option = candidate.pools[0].option
+        kinds.setdefault(
+            (option.device, option.weights, option.kv, len(candidate.pools)), candidate
+        )
+    best = list(kinds.values())
+    plain = [each for each in best if each.pools[0].option.is_plain]
+    if plain and plain[0] not in best[:_SHOWN]:
+        best[_SHOWN - 1] = plain[0]
+    yield from best[:_SHOWN]
+
+
+def _refuse(question: Question, nearest: Nearest) -> None:
+    demand = question.demand
+    problems = []
+    if demand.tpot_s and nearest.tpot_s > demand.tpot_s:
+        least = _round_up(nearest.tpot_s)
+        problems.append(("itl_target_ms", f"{least} ms is the least, with {nearest.tpot_of}"))
+    if demand.ttft_s and nearest.ttft_s > demand.ttft_s:
+        least = _round_up(nearest.ttft_s)
+        problems.append(("ttft_target_ms", f"{least} ms is the least, with {nearest.ttft_of}"))
+    for name, problem in problems:
+        raise InvalidParameter(name, f"cannot be kept on these devices: {problem}")
+    best = max(question.options, key=lambda each: find_capacity(each.engine, demand).load.rate)
+    capacity = find_capacity(best.engine, demand)
+    if question.most_replicas == 1 and not capacity.load.breaks:
+        raise InvalidParameter(
+            "rate", f"at most {capacity.load.rate:.3g} requests/s are kept here: beyond, "
+            f"{capacity.breaks}",
+        )  # fmt: skip
+    loose = replace(demand, ttft_s=0.0)
+    capacity = find_capacity(best.engine, loose)
+    raise InvalidParameter(
+        "ttft_target_ms",
+        "both targets together cannot be kept: without this one TTFT is "
+        f"{_round_up(capacity.load.ttft_s)} ms at the most that one engine takes",
+    )
+
+
+def _round_up(seconds: float) -> str:
+    """Milliseconds, rounded up so that what is named passes."""
+    return f"{-(-round(seconds * 1e9) // 10_000) / 100:.2f}"
+
+
+def _get_seconds(parameter: str, target_ms: float | None) -> float:
+    if target_ms is None:
+        return 0.0
+    if not 0 < target_ms <= MAX_TARGET_MS:
+        most = f"must be above 0 and at most {MAX_TARGET_MS:,.0f} ms"
+        raise InvalidParameter(parameter, f"{most}, not {target_ms:g}")
+    return target_ms / 1e3
+
+
+def _build_source(options: PlanOptions) -> Source:
+    return build_source(
+        SourceChoice(
+            trace=options.trace,
+            workload=None if options.trace else "poisson",
+            rate=options.rate,
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+            requests=None if options.trace else str(_MEASURED),
+            seed=options.seed,
+        )
+    )
+
+
+def _measure(source: Source, targets: Sequence[float]) -> Demand:
+    """The means of the first requests."""
+    prompt = new = count = 0
+    for _, one_prompt, one_new, *_ in source.draw():
+        prompt, new, count = prompt + one_prompt, new + one_new, count + 1
+        if count == _MEASURED:
+            break
+    rate = source.expected / source.seconds
+    ttft_s, tpot_s = targets
+    return Demand(rate, max(1, round(prompt / count)), max(1, round(new / count)), ttft_s, tpot_s)
+
+
+def _build_options(options: PlanOptions, names: Sequence[str]) -> Iterator[Option | str]:
+    """Every engine that fits, and for what does not a sentence that says what would."""
+    name, _, stored = (options.model or "").partition(":")
+    formats = (stored,) if stored else _WEIGHTS
+    elements = (options.kv,) if options.kv else _ELEMENTS
+    kinds = [check_name("kv", each, KV_ELEMENTS) for each in elements]
+    specs = [(each, find_model(f"{name}:{each}" if options.model else None)) for each in formats]
+    for wanted in names:
+        device, engine = find_device(wanted)
+        if options.price is not None:
+            if options.price < 0:
+                raise InvalidParameter("price", "must be 0 or more dollars an hour")
+            device = replace(device, hourly_price=options.price)
+        fits = False
+        for (stored, spec), kind in product(specs, kinds):
+            for option in _fit(spec, (wanted, stored, kind), device, engine):
+                fits = True
+                yield option if options.max_rows is None else _limit(option, options.max_rows)
+        if not fits:
+            yield _say_unfit(specs[-1][1], specs[-1][0], device)
+
+
+def _limit(option: Option, max_rows: int) -> Option:
+    return replace(option, engine=replace(option.engine, max_rows=max_rows))
+
+
+def _fit(
+    spec: ModelSpec, names: tuple[str, str, str], device: DeviceSpec, engine: str
+) -> Iterator[Option]:
+    wanted, stored, kind = names
+    element = KvElement(kind)
+    work = get_model_work(spec, element)
+    token_bytes = spec.get_kv_bytes_per_token(element)
+    for tp in _DEGREES:
+        if spec.num_heads % tp or (tp > 1 and not device.link_bandwidth):
+            continue
+        pool_tokens = get_pool_bytes(spec, device, tp) // token_bytes
+        if pool_tokens < 2 * _BUDGETS[0]:
+            continue
+        cost = RooflineCost(spec, device, tp, ENGINES[engine][0], work)
+        for budget in _BUDGETS:
+            made = Engine(cost, pool_tokens, min(MAX_ROWS, budget), budget)
+            is_plain = (stored, kind) == (_WEIGHTS[0], _ELEMENTS[0])
+            yield Option(
+                f"{spec.name}:{stored}", wanted, stored, kind, tp, made,
+                device.hourly_price, token_bytes, is_plain,
+            )  # fmt: skip
+
+
+def _say_unfit(spec: ModelSpec, stored: str, device: DeviceSpec) -> str:
+    """Why a model fits no number of these devices, and what would hold it."""
+    needed = format_bytes(spec.weight_bytes)
+    most = max(tp for tp in _DEGREES if spec.num_heads % tp == 0)
+    most = most if device.link_bandwidth else 1
+    memory = format_bytes(most * device.memory_bytes)
+    hint = "" if stored.startswith("q4") else f"; {spec.name}:q4_0 would take about half of that"
+    return f"{spec.name} takes {needed} in {stored}, {most} × {device.name} has {memory}{hint}"
+
+
+def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[float]) -> Question:
+    """This machine as the only device: one replica, as `serve` would set it up."""
+    from twostroke.cli.this_machine import open_this
+
+    if len(names) > 1:
+        raise InvalidParameter("device", f"{THIS!r} is planned for alone: there is one of it")
+    wanted = {} if options.max_rows is None else {"max_rows": options.max_rows}
+    spec, settings, cost, source_name = open_this(options.model, options.kv, **wanted)
+    pool_tokens = settings.num_blocks * settings.block_tokens
+    engine = Engine(cost, pool_tokens, settings.max_rows, settings.step_tokens)
+    kind = settings.kv_element.value
+    option = Option(
+        spec.name, f"this machine, {settings.threads} threads, {source_name}", "its file's", kind,
+        1, engine, options.price or 0.0, spec.get_kv_bytes_per_token(settings.kv_element),
+    )  # fmt: skip
+    if options.rate is None and options.trace is None:
+        source = _build_source(replace(options, rate="1"))
+        demand = _measure(source, targets)
+        rate = find_capacity(engine, demand).load.rate
+        return Question(replace(demand, rate=0.999 * rate), None, (option,), 0.0, 1, ())
+    demand = _measure(_build_source(options), targets)
+    if demand.held_tokens > pool_tokens:
+        raise DeviceError(f"the KV pool here holds {pool_tokens:,} tokens, less than one request")
+    return Question(demand, None, (option,), 0.0, 1, ())
