@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from twostroke.cli.insight_options import ExplainOptions
 from twostroke.cli.options import (
     BenchOptions,
     GenerateOptions,
@@ -136,6 +137,13 @@ def plan(options: PlanOptions) -> None:
     run_plan(options)
 
 
+def explain(options: ExplainOptions, on: MachineOptions) -> None:
+    """Show where the time of one request went, beside the least it could have taken."""
+    from twostroke.cli.explain import run_explain
+
+    run_explain(options, on)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -145,6 +153,7 @@ COMMANDS = {
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "bench": Command(bench, (BenchOptions, LoadOptions, SchedulingOptions, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
+    "explain": Command(explain, (ExplainOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
     "plan": Command(plan, (PlanOptions,)),
     "roofline": Command(roofline, (RooflineOptions,)),
