@@ -143,9 +143,9 @@ def test_requests_still_running_at_the_end_are_told_so() -> None:
             reply = streams.enter_context(
                 httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20)
             )
-            lines = reply.iter_lines()
+            lines = (line for line in reply.iter_lines() if line.startswith("data: "))
             assert next(lines).startswith("data: {")
-        last = [line for line in lines if line][-1]
+        last = list(lines)[-1]
     assert "the engine was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert engine.live == set()
 

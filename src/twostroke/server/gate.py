@@ -9,10 +9,11 @@ make its own name lead here (DNS rebinding), and would then be of the same origi
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twostroke.errors import TwostrokeError
 from twostroke.server.errors import ErrorReply, describe_error, get_request_id, note_refusal
@@ -74,8 +75,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            with self._admission.count(key):
-                await self._app(scope, receive, send)
+            with contextlib.ExitStack() as counted:
+                counted.enter_context(self._admission.count(key))
+
+                async def send_and_release(message: Message) -> None:
+                    # Before the client hears the last of it: it may send the next at once.
+                    if message["type"] == "http.response.body" and not message.get("more_body"):
+                        counted.close()
+                    await send(message)
+
+                await self._app(scope, receive, send_and_release)
         except TwostrokeError as error:
             reply = describe_error(error, get_request_id(request))
             note_refusal(request, reply)

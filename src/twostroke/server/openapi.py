@@ -145,6 +145,7 @@ def _describe_paths() -> dict[str, dict[str, Schema]]:
         "/health": {"get": _get("Whether the engine works", _HEALTH)},
         "/ready": {"get": _get("Whether to send requests here", _HEALTH)},
         "/metrics": {"get": _get("Prometheus metrics", _TEXT, media_type="text/plain")},
+        "/v1/streams/{stream_id}": {"get": _get_stream()},
         "/v1/steps": {"get": _get_steps()},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
     }
@@ -167,6 +168,13 @@ def _describe_models() -> Schema:
 def _get_model() -> Schema:
     name = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
     return {**_get("One model", _MODEL), "parameters": [name]}
+
+
+def _get_stream() -> Schema:
+    name = {"name": "stream_id", "in": "path", "required": True, "schema": _TEXT}
+    after = {"name": "Last-Event-ID", "in": "header", "schema": _TEXT}
+    described = _get("The rest of a stream, by its id", _TEXT, media_type="text/event-stream")
+    return {**described, "parameters": [name, after]}
 
 
 def _get_steps() -> Schema:
