@@ -264,9 +264,10 @@ class RequestBook:
         """Count the step, and the prompt tokens it computed."""
         if self._attribution is not None:
             self._attribution.note_committed(plan, outcome)
-        step_tokens = prompt_tokens = 0
+        step_tokens = prompt_tokens = drafts = 0
         for row in plan.rows:
             step_tokens += len(row.tokens)
+            drafts += row.drafts > 0
             state = self._live.get(row.sequence.request)
             if state is None:  # ended while the step ran
                 continue
@@ -278,7 +279,7 @@ class RequestBook:
                 # first token, so it is not counted beside it.
                 if not state.first_token_ns:
                     state.prefill_tokens += computed
-        self._metrics.record_step(step_tokens, prompt_tokens, outcome.duration_ns)
+        self._metrics.record_step(step_tokens, prompt_tokens, outcome.duration_ns, drafts)
 
     def executor_lost(self, lost: ExecutorLost) -> None:
         """Count the loss."""
