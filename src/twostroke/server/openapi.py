@@ -224,15 +224,13 @@ def _merge(*models: type[BaseModel]) -> Schema:
     if CommonFields in models:
         properties.update({name: {} for name in sorted(IGNORED)})
         properties["user"] = {"type": ["string", "null"], "maxLength": 256}
-    return _inline(
-        {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        },
-        definitions,
-    )
+    body: Schema = {
+        "type": "object",
+        "properties": _inline(properties, definitions),
+        "required": required,
+        "additionalProperties": False,
+    }
+    return body
 
 
 def _inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
