@@ -21,6 +21,7 @@ from twostroke.text.messages import read_messages
 from twostroke.text.sandbox import add_guards, build_environment
 from twostroke.text.templates import find_default_template
 from twostroke.text.tokenizer import Tokenizer
+from twostroke.text.tool_calls import find_tool_form, knows_tools
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -54,11 +55,15 @@ class ChatTemplate:
     ) -> None:
         """special_tokens: names such as "bos_token" to their texts. now: for `strftime_now`.
 
+        knows_tools: the template shows tools to its model. tool_form: how that calls them.
+
         Raises TemplateError when the source does not compile.
         """
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(f"the chat template has more than {MAX_SOURCE_CHARS:,} characters")
         self._special_tokens = dict(special_tokens or {})
+        self.knows_tools = knows_tools(source)
+        self.tool_form = find_tool_form(source)
         self._now = now
         self._guard = Guard()
         self._lock = threading.Lock()

@@ -8,9 +8,9 @@ bound its time only roughly; the allowance bounds the time itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -86,12 +86,10 @@ def write_library_grammar(text: str) -> str:
     kind, _, body = text.partition(":")
     if kind == "json_schema":
         schema = json.loads(body)
-        if schema is True:
-            schema = {}
         if schema is False:
             raise ValueError("no value matches the schema false")
-        schema["x-guidance"] = _JSON_STYLE
-        lark = f"start: %json {json.dumps(schema, ensure_ascii=False)}"
+        styled = style_schema({} if schema is True else schema)
+        lark = f"start: %json {json.dumps(styled, ensure_ascii=False)}"
     elif kind == "regex":
         lark = f"start: /{regex_to_lark(body, '')}/"
     elif kind == "ebnf":
@@ -99,6 +97,14 @@ def write_library_grammar(text: str) -> str:
     else:
         raise ValueError(f"there is no grammar of kind {shorten(kind)}")
     return LLMatcher.grammar_from_lark(lark + _OPTIONS)
+
+
+def style_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """A JSON schema whose values are written in our style.
+
+    lenient: keywords that cannot be held to are passed over, not refused.
+    """
+    return {**schema, "x-guidance": {**_JSON_STYLE, "lenient": lenient}}
 
 
 def build_matcher(library: LLTokenizer, grammar: str) -> LLMatcher:
