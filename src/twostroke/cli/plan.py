@@ -36,7 +36,7 @@ from twostroke.plan.capacity import Demand, Engine, find_capacity
 from twostroke.plan.roofline_cost import RooflineCost
 from twostroke.plan.search import Candidate, Nearest, Option, find_nearest, get_rank, search
 from twostroke.sim.sources import Source, SourceChoice, build_source
-from twostroke.spec.device import DeviceSpec
+from twostroke.spec.device import DeviceSpec, get_known_device, list_known_devices
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import get_model_work
@@ -284,8 +284,16 @@ def _say_unfit(spec: ModelSpec, stored: str, device: DeviceSpec) -> str:
     most = max(tp for tp in _DEGREES if spec.num_heads % tp == 0)
     most = most if device.link_bandwidth else 1
     memory = format_bytes(most * device.memory_bytes)
-    hint = "" if stored.startswith("q4") else f"; {spec.name}:q4_0 would take about half of that"
-    return f"{spec.name} takes {needed} in {stored}, {most} × {device.name} has {memory}{hint}"
+    others = [
+        f"{tp} × {name}"
+        for name in list_known_devices()
+        for tp in _DEGREES
+        if spec.num_heads % tp == 0
+        and get_pool_bytes(spec, get_known_device(name), tp) > 2 * _BUDGETS[0]
+    ]
+    fewest = sorted(others, key=lambda each: int(each.split()[0]))[:3]
+    hint = f"{', '.join(fewest)} hold it so" if fewest else f"take {spec.name}:q4_0"
+    return f"{spec.name} takes {needed} in {stored}, {most} × {device.name} has {memory}; {hint}"
 
 
 def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[float]) -> Question:

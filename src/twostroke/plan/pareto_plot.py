@@ -40,6 +40,8 @@ def draw_front(
 def _fill(
     axes: Axes, candidates: Sequence[Candidate], demand: Demand, shown: Sequence[Candidate]
 ) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     has_price = all(each.hourly_cost for each in candidates)
     costs = [each.get_token_cost(demand) if has_price else each.devices for each in candidates]
     points = [(1e3 * each.tpot_s, cost) for each, cost in zip(candidates, costs, strict=True)]
@@ -58,8 +60,12 @@ def _fill(
         candidate = candidates[at]
         axes.plot(*points[at], _MARKS[len(candidate.pools)][0], color="0.0", markersize=6)
         if place % max(1, -(-len(front) // _MOST_NAMED)) == 0:
-            axes.annotate(_name(candidate), points[at], textcoords="offset points",
-                          xytext=(6, 5), fontsize=7)  # fmt: skip
+            is_right = points[at][0] > (min(points)[0] + max(points)[0]) / 2
+            axes.annotate(
+                _name(candidate), points[at], textcoords="offset points",
+                xytext=(-8, -12) if is_right else (6, 5), fontsize=7,
+                horizontalalignment="right" if is_right else "left",
+            )  # fmt: skip
     best = shown[0]
     cost = best.get_token_cost(demand) if has_price else best.devices
     axes.plot([1e3 * best.tpot_s], [cost], "o", color="0.0", markersize=13, markerfacecolor="none",
@@ -68,6 +74,8 @@ def _fill(
         axes.axvline(1e3 * demand.tpot_s, color="0.4", linestyle=(0, (5, 2)), linewidth=0.9,
                      label=f"target, {1e3 * demand.tpot_s:g} ms")  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("mean time between tokens, ms")
     what = "dollars for a million new tokens" if has_price else "devices"
     axes.set_ylabel(f"{what} (logarithmic)")
@@ -79,7 +87,7 @@ def _fill(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.6, which="both")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, framealpha=0.95, edgecolor="1.0", loc="upper right")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5)
 
 
 def _name(candidate: Candidate) -> str:
