@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from twostroke.errors import UnsupportedModel
 from twostroke.exec.floats import Ropes
-from twostroke.exec.local import RUNNER_PARTS, Draws, RunnerInfo, RunnerSizes
+from twostroke.exec.local import RUNNER_PARTS, Draws, RunnerInfo, RunnerSizes, get_kv_shape
 from twostroke.exec.weights import load_weights
 from twostroke.kernels.cpu.recorder import LANES, Recorder
 from twostroke.kernels.cpu.weights import PackedMatrix, Vector
-from twostroke.kernels.ops import F32, I32, Drawn, KVShape, RopeTable, SamplingArrays, StepArrays
+from twostroke.kernels.ops import F32, I32, Drawn, RopeTable, SamplingArrays, StepArrays
 from twostroke.models.decoder import run_head, run_layers
 from twostroke.spec.model import ModelSpec, RopeSpec
 from twostroke.weights.packed import PackedFiles
@@ -34,7 +34,8 @@ class CpuRunner:
     """Computes steps with the native kernels (see exec.local.Runner).
 
     isa: picks the instruction set: "auto", or one by name, for tests. files: where packed weights
-    are kept; without it they are packed into memory.
+    are kept; without it they are packed into memory. memory: for the KV pool, `get_kv_shape` tells
+    its bytes; without it the pool is the runner's own and starts as zeros.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CpuRunner:
         sizes: RunnerSizes,
         isa: str = "auto",
         files: PackedFiles | None = None,
+        memory: NDArray[np.uint8] | None = None,
     ) -> None:
         from twostroke._native import Program, ThreadPool, kernels_name
 
@@ -54,15 +56,7 @@ class CpuRunner:
             )
         assert sizes.block_tokens == LANES, sizes.block_tokens
         self._pool = ThreadPool(sizes.threads)
-        shape = KVShape(
-            spec.num_layers,
-            sizes.num_blocks,
-            sizes.block_tokens,
-            spec.num_kv_heads,
-            spec.head_dim,
-            sizes.kv_element,
-        )
-        kv = np.zeros(shape.bytes, np.uint8)
+        kv = np.zeros(get_kv_shape(spec, sizes).bytes, np.uint8) if memory is None else memory
         self._blocks: NDArray[np.uint8] = kv.reshape(1, sizes.num_blocks, -1)
         weights = load_weights(self._pool, spec, tensors, files)
         kv_shape = (spec.num_layers, sizes.num_blocks, spec.num_kv_heads, spec.head_dim)

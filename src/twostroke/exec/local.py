@@ -26,8 +26,9 @@ from twostroke.core.types import BlockId, StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost
 from twostroke.exec.batch import Batch, BatchBuilder
 from twostroke.exec.sampling import build_results
-from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
+from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, StepArrays
 from twostroke.spec.kv import KvElement
+from twostroke.spec.model import ModelSpec
 from twostroke.spec.step import STEP_PARTS
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,18 @@ class RunnerSizes:
     max_step_tokens: int
     kv_element: KvElement = KvElement.F16
     host_blocks: int = 0
+
+
+def get_kv_shape(spec: ModelSpec, sizes: RunnerSizes) -> KVShape:
+    """The pool of a model with these sizes."""
+    return KVShape(
+        spec.num_layers,
+        sizes.num_blocks,
+        sizes.block_tokens,
+        spec.num_kv_heads,
+        spec.head_dim,
+        sizes.kv_element,
+    )
 
 
 class Runner(Protocol):
@@ -120,7 +133,10 @@ class LocalExecutor:
     One thread uses it.
     """
 
-    def __init__(self, runner: Runner, sizes: RunnerSizes) -> None:
+    def __init__(
+        self, runner: Runner, sizes: RunnerSizes, host: NDArray[np.uint8] | None = None
+    ) -> None:
+        """host: the bytes of the host blocks, where they shall outlive this executor."""
         self._runner = runner
         self._sizes = sizes
         self._max_logit_rows = runner.describe().max_logit_rows
@@ -131,6 +147,9 @@ class LocalExecutor:
         self._watch: Callable[[StepTimes], None] | None = None
         self._take_part_ns = runner.take_part_ns if isinstance(runner, TimedRunner) else None
         self._host: NDArray[np.uint8] | None = None
+        if host is not None and sizes.host_blocks:
+            parts, _, size = runner.view_kv().shape
+            self._host = host.reshape(parts, sizes.host_blocks, size)
 
     @property
     def runner(self) -> Runner:

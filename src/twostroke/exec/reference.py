@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.exec.floats import Ropes, to_float
-from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes
-from twostroke.kernels.ops import F32, I32, Drawn, KVShape, SamplingArrays, StepArrays
+from twostroke.exec.local import Draws, RunnerInfo, RunnerSizes, get_kv_shape
+from twostroke.kernels.ops import F32, I32, Drawn, SamplingArrays, StepArrays
 from twostroke.kernels.reference import sampling
 from twostroke.kernels.reference.ops import make_ops, view_kv
 from twostroke.models.decoder import run_head, run_layers
@@ -26,14 +26,7 @@ class ReferenceRunner:
         self, spec: ModelSpec, tensors: Mapping[str, HostTensor], sizes: RunnerSizes
     ) -> None:
         self._spec = spec
-        shape = KVShape(
-            spec.num_layers,
-            sizes.num_blocks,
-            sizes.block_tokens,
-            spec.num_kv_heads,
-            spec.head_dim,
-            sizes.kv_element,
-        )
+        shape = get_kv_shape(spec, sizes)
         memory = np.zeros(shape.bytes, np.uint8)
         self._kv_bytes = memory.reshape(2 * spec.num_layers, sizes.num_blocks, -1)
         self._ops = make_ops(view_kv(memory, shape))
