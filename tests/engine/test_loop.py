@@ -8,9 +8,10 @@ import pytest
 
 from fakes import FakeExecutor
 from loop_bench import Bench, replace_with
-from twostroke.core.types import Cancelled, Failed, Finished, SequenceId
+from twostroke.core.ports import OnDone
+from twostroke.core.types import Cancelled, Failed, Finished, SequenceId, StepPlan
 from twostroke.engine.loop import MAX_LOSSES, LoopPolicy
-from twostroke.errors import EngineClosed, ExecutorLost
+from twostroke.errors import EngineClosed, ExecutorLost, StepNotBegun
 
 
 def test_a_request_runs_to_its_length() -> None:
@@ -187,14 +188,54 @@ def test_a_request_that_kills_every_executor_fails_and_no_other() -> None:
     assert bench.recorder.endings[SequenceId("b", 0)] == Finished("length")
 
 
+def test_among_others_the_request_that_kills_executors_fails_alone() -> None:
+    undisturbed = Bench()
+    for id in "abcd":
+        undisturbed.submit(id, tokens=9)
+    undisturbed.run()
+
+    executors = [FakeExecutor()]
+    executors += [FakeExecutor(pool=executors[0].pool) for _ in range(MAX_LOSSES)]
+    for executor in executors:
+
+        def behave(plan: StepPlan, on_done: OnDone, executor: FakeExecutor = executor) -> None:
+            poisoned = any(row.sequence.request == "c" and row.start > 4 for row in plan.rows)
+            (executor.answer_lost if poisoned else executor.answer_now)(plan, on_done)
+
+        executor.behave = behave
+    bench = Bench(executors[0], replace_with(executors[1:]))
+    for id in "abcd":
+        bench.submit(id, tokens=9)
+    bench.run()
+    poison = SequenceId("c", 0)
+    ending = bench.recorder.endings.pop(poison)
+    assert isinstance(ending, Failed)
+    assert len(bench.recorder.losses) == MAX_LOSSES
+    told, expected = bench.recorder.tokens.pop(poison), undisturbed.recorder.tokens.pop(poison)
+    assert told == expected[: len(told)]
+    assert bench.recorder.tokens == undisturbed.recorder.tokens
+    assert set(bench.recorder.endings.values()) == {Finished("length")}
+
+
+def test_who_was_to_run_a_step_that_was_not_begun_is_not_blamed() -> None:
+    executors = [FakeExecutor()]
+    executors += [FakeExecutor(pool=executors[0].pool) for _ in range(3 * MAX_LOSSES)]
+    for executor in executors[:-1]:
+        executor.behave = lambda plan, on_done: on_done(StepNotBegun("it died before"))
+    bench = Bench(executors[0], replace_with(executors[1:]))
+    bench.submit("a")
+    bench.run()
+    assert bench.recorder.endings == {SequenceId("a", 0): Finished("length")}
+
+
 def test_losses_are_counted_until_a_row_is_committed() -> None:
     executors = [FakeExecutor()]
     executors += [FakeExecutor(pool=executors[0].pool) for _ in range(2 * MAX_LOSSES)]
     for place, executor in enumerate(executors):
-        # Every other one commits a row before it dies; only the last lives on.
+        # Each but the first commits a row before it dies; only the last lives on.
         behaviours = [executor.answer_lost] * (place < 2 * MAX_LOSSES)
         behaviours += [executor.answer_now] * (99 if place == 2 * MAX_LOSSES else 0)
-        if place % 2:
+        if place:
             behaviours.insert(0, executor.answer_now)
         executor.behave = lambda plan, on_done, left=behaviours: left.pop(0)(plan, on_done)
     bench = Bench(executors[0], replace_with(executors[1:]))

@@ -18,8 +18,13 @@ class CountingWork:
         self.pumps = 0
         self.pumped = threading.Semaphore(0)
         self.wait_s = wait_s
+        self.polls: tuple[int, int] | None = None
         self.breaks = False
         self.calls: list[str] = []
+
+    @property
+    def poll_for(self) -> tuple[int, int] | None:
+        return self.polls
 
     def pump(self) -> float | None:
         self.pumps += 1

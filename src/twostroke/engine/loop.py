@@ -10,8 +10,9 @@ executor does.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -35,11 +36,17 @@ from twostroke.core.types import (
 )
 from twostroke.engine.constraints import Constraints
 from twostroke.engine.parts import IDLE, INBOX, WAIT, PartTimes
-from twostroke.errors import EngineClosed, EngineError, ExecutorLost
+from twostroke.engine.split import SplitStep, try_split
+from twostroke.errors import EngineClosed, EngineError, ExecutorLost, StepNotBegun
 
-# A request whose rows were lost so often, with nothing of it committed in between, is taken to be
-# what kills the executors, and fails.
-MAX_LOSSES = 3
+_log = logging.getLogger(__name__)
+
+# A request whose rows were lost so often, the last time alone and with nothing of it committed in
+# between, is taken to be what kills the executors, and fails.
+MAX_LOSSES = 2
+
+# A step is called stalled when it takes so much longer than twice the longest so far.
+STALL_NS = 2 * 10**9
 
 CANCELLED = Cancelled()
 
@@ -76,6 +83,30 @@ class LentExecutor(Protocol):
     def run_pending(self) -> tuple[int, int, int]: ...
 
 
+@runtime_checkable
+class SupervisedExecutor(Protocol):
+    """An Executor in another process, heard by whoever asks: `run_pending` takes in what has come.
+
+    It never waits. poll_for: the descriptor and poll events that tell when it is due, or None;
+    due_ns: when it is due although nothing came, or None. lost: why it answers no more plans, or
+    None. is_ready: whether it could begin a plan.
+    """
+
+    @property
+    def poll_for(self) -> tuple[int, int] | None: ...
+
+    @property
+    def due_ns(self) -> int | None: ...
+
+    @property
+    def lost(self) -> ExecutorLost | None: ...
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def run_pending(self) -> tuple[int, int, int]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoopPolicy:
     """What the loop does beyond planning and committing.
@@ -84,22 +115,33 @@ class LoopPolicy:
     nobody else is heard between them. replace_executor: makes the next executor after a loss,
     over the same KV bytes; without it a loss fails every live request and closes the loop.
     step_deadline_ns: a step unanswered for so long loses its executor; None waits for ever.
+    on_closed: called when no executor will be asked for any more.
     """
 
     max_in_flight: int = 1
     max_iterations: int = 1
     replace_executor: ReplaceExecutor | None = None
     step_deadline_ns: int | None = None
+    on_closed: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One step given to one executor. due_from_ns: when it was started, or its turn came."""
+    """One step given to one executor. due_from_ns: when it was started, or its turn came.
+
+    split: runs it in parts, to find out whose rows lose executors; None runs it in one.
+    """
 
     plan: StepPlan
     generation: int
     due_from_ns: int
+    split: SplitStep | None = None
     answer: StepAnswer | None = None
+
+    @property
+    def running(self) -> StepPlan:
+        """What the executor was given of it."""
+        return self.plan if self.split is None else self.split.part
 
 
 class EngineLoop:
@@ -134,6 +176,7 @@ class EngineLoop:
         self._losses: Counter[str] = Counter()  # executors lost since its last committed row
         self._closed: str | None = None
         self._last_progress_ns = clock.now_ns()
+        self._longest_ns = 0  # that a committed step took
         self.refused_answers = 0
 
     @property
@@ -159,11 +202,28 @@ class EngineLoop:
     @property
     def next_wake_ns(self) -> int | None:
         """When to pump although nothing arrives, or None."""
+        due = [None if self._supervised is None else self._supervised.due_ns]
         if not self._in_flight:
-            return self._idle_until_ns
-        if self._policy.step_deadline_ns is None:
-            return None
-        return self._in_flight[0].due_from_ns + self._policy.step_deadline_ns
+            due.append(self._idle_until_ns)
+        elif self._policy.step_deadline_ns is not None:
+            due.append(self._in_flight[0].due_from_ns + self._policy.step_deadline_ns)
+        return min((each for each in due if each is not None), default=None)
+
+    @property
+    def poll_for(self) -> tuple[int, int] | None:
+        """A descriptor and poll events to pump at, beside being woken; None when there are none."""
+        return None if self._supervised is None else self._supervised.poll_for
+
+    def describe_stall(self, now_ns: int) -> str | None:
+        """What holds up the steps, or None; reads only, so any thread may ask."""
+        supervised = self._supervised
+        if supervised is not None and not supervised.is_ready:
+            return "the executor is being replaced"
+        flights = tuple(self._in_flight)
+        waited_ns = now_ns - flights[0].due_from_ns if flights else 0
+        if waited_ns > STALL_NS + 2 * self._longest_ns:
+            return f"step {flights[0].plan.step} has been running for {waited_ns / 1e9:.1f} s"
+        return None
 
     def describe_executor(self) -> ExecutorInfo:
         """What the executor in use offers."""
@@ -194,6 +254,8 @@ class EngineLoop:
         """Take in the answers, start what can be started, then let the listener deliver."""
         now_ns = self._clock.now_ns
         self.parts.begin_pump(now_ns())
+        if self._supervised is not None:
+            self._hear_supervised(self._supervised)
         self._take_answers()
         if self._policy.step_deadline_ns is not None:
             self._check_deadline()
@@ -230,6 +292,7 @@ class EngineLoop:
             self._live.clear()
             self._in_flight.clear()
             self._executor.close()
+            self._policy.on_closed()
 
     # ---- answers --------------------------------------------------------------------------------
 
@@ -245,6 +308,12 @@ class EngineLoop:
             if flight.generation != self._generation or flight.answer is not None:
                 self.refused_answers += 1
                 continue
+            if flight.split is not None and isinstance(answer, StepOutcome):
+                whole = flight.split.take(answer)
+                if whole is None:
+                    self._start_flight(flight)
+                    continue
+                answer = whole
             flight.answer = answer
             if isinstance(answer, StepOutcome):
                 self._commit_answered()
@@ -266,6 +335,7 @@ class EngineLoop:
                 return
             self._in_flight.popleft()
             self._last_progress_ns = now_ns
+            self._longest_ns = max(self._longest_ns, outcome.duration_ns)
             if self._in_flight:
                 self._in_flight[0].due_from_ns = now_ns
             for row in flight.plan.rows if self._losses else ():
@@ -295,6 +365,8 @@ class EngineLoop:
 
     def _start_steps(self) -> None:
         while self._closed is None and len(self._in_flight) < self._policy.max_in_flight:
+            if self._in_flight and self._in_flight[0].split is not None:
+                return
             now_ns = self._clock.now_ns()
             plan = self._scheduler.plan(now_ns, self._policy.max_iterations)
             self._idle_until_ns = None
@@ -306,19 +378,26 @@ class EngineLoop:
             broken: Sequence[tuple[SequenceId, str]] = ()
             if self.constraints is not None:
                 plan, broken = self.constraints.apply(plan)
-            flight = _Flight(plan, self._generation, now_ns)
+            split = try_split(plan, self._losses) if self._losses else None
+            flight = _Flight(plan, self._generation, now_ns, split)
             self._in_flight.append(flight)
             self._listener.step_started(plan, now_ns)
-            try:
-                self._executor.start(plan, partial(self._receive, flight))
-            except ExecutorLost as lost:
-                self._receive(flight, lost)
+            self._start_flight(flight)
             for sequence, reason in broken:  # their rows' answers will find them ended
                 self.cancel(sequence.request, index=sequence.index, ending=Failed(reason))
 
+    def _start_flight(self, flight: _Flight) -> None:
+        """Give the executor a step, or its next part."""
+        try:
+            self._executor.start(flight.running, partial(self._receive, flight))
+        except ExecutorLost as lost:
+            self._receive(flight, lost)
+
     def _check_deadline(self) -> None:
-        due_ns = self.next_wake_ns
-        if self._in_flight and due_ns is not None and self._clock.now_ns() >= due_ns:
+        deadline_ns = self._policy.step_deadline_ns
+        if not self._in_flight or deadline_ns is None:
+            return
+        if self._clock.now_ns() >= self._in_flight[0].due_from_ns + deadline_ns:
             step = self._in_flight[0].plan.step
             self._lose_executor(ExecutorLost(f"step {step} was not answered in time"))
 
@@ -327,28 +406,45 @@ class EngineLoop:
     def _lose_executor(self, lost: ExecutorLost) -> None:
         """Undo what is in flight and go on with the next executor, or fail what is live."""
         self._listener.executor_lost(lost)
-        suspect = self._in_flight[0].plan
+        is_blamed = self._in_flight and not isinstance(lost, StepNotBegun)
+        suspects = self._in_flight[0].running.rows if is_blamed else ()
         self._undo_steps(str(lost))
         self._executor.close()
         replace = self._policy.replace_executor
         if replace is None:
             self._give_up(f"the executor was lost: {lost}")
             return
-        for request_id in dict.fromkeys(row.sequence.request for row in suspect.rows):
-            self._losses[request_id] += request_id in self._live
-            if self._losses[request_id] >= MAX_LOSSES:
-                reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
-                self.cancel(request_id, ending=Failed(reason))
+        self._blame(dict.fromkeys(row.sequence.request for row in suspects), lost)
         try:
             self._use_executor(replace(lost))
         except ExecutorLost as error:
             self._give_up(f"the executor was lost: {lost}; and not replaced: {error}")
 
+    def _blame(self, request_ids: Iterable[str], lost: ExecutorLost) -> None:
+        """Note a loss of these requests; who has had too many fails."""
+        for request_id in request_ids:
+            if request_id not in self._live:
+                continue
+            self._losses[request_id] += 1
+            if self._losses[request_id] >= MAX_LOSSES:
+                reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
+                _log.error("request %r failed: %s", request_id, reason)
+                self.cancel(request_id, ending=Failed(reason))
+
+    def _hear_supervised(self, executor: SupervisedExecutor) -> None:
+        """Take in what it says; one that is lost with nothing to do is replaced at once."""
+        self._is_lent = True  # this thread need not be woken for what it hears itself
+        executor.run_pending()
+        self._is_lent = False
+        if executor.lost is not None and not self._in_flight and self._closed is None:
+            self._lose_executor(executor.lost)
+
     def _use_executor(self, executor: Executor) -> None:
         self._executor = executor
+        self._supervised = executor if isinstance(executor, SupervisedExecutor) else None
         # Looked up once: asking a protocol takes longer than planning a row.
         self._run_pending: Callable[[], tuple[int, int, int]] | None = None
-        if isinstance(executor, LentExecutor):
+        if self._supervised is None and isinstance(executor, LentExecutor):
             self._run_pending = executor.run_pending
 
     def _undo_steps(self, reason: str) -> None:
@@ -361,6 +457,8 @@ class EngineLoop:
 
     def _give_up(self, reason: str) -> None:
         self._closed = reason
+        self._idle_until_ns = None  # nobody will plan then, so nobody need be woken
+        self._policy.on_closed()
         self._undo_steps(reason)
         for request_id in tuple(self._live):
             self.cancel(request_id, ending=Failed(reason))

@@ -33,6 +33,7 @@ from twostroke.spec.work import ModelWork, get_model_work
 from twostroke.text.chat import ChatTemplate
 from twostroke.text.grammar import Grammar, GrammarCompiler
 from twostroke.text.tokenizer import Tokenizer
+from twostroke.text.tools import speaks_of_tools, tell_tools
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_PRIORITY = 2**31
@@ -86,16 +87,24 @@ class EngineParts:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """Whether the engine works: reason says why not, and None while it does.
+    """Whether the engine works: reason says why it is dead, and is None while it lives.
 
     live: requests accepted and not yet ended. stalled_s: seconds since a step was last committed,
-    or since work last arrived at an idle engine; 0 with nothing live.
+    or since work last arrived at an idle engine; 0 with nothing live. stall: what holds up an
+    engine that lives, with its age, as "step 812 has been running for 4.2 s" or "the executor is
+    being replaced"; None while steps come as they should.
     """
 
     alive: bool
     reason: str | None
     live: int
     stalled_s: float
+    stall: str | None = None
+
+    @property
+    def state(self) -> str:
+        """In one word: "live", "stalled" or "dead"."""
+        return "dead" if not self.alive else "live" if self.stall is None else "stalled"
 
 
 class _EngineWork:
@@ -108,6 +117,10 @@ class _EngineWork:
         self._loop = loop
         self._book = book
         self._metrics = metrics
+
+    @property
+    def poll_for(self) -> tuple[int, int] | None:
+        return self._loop.poll_for
 
     def pump(self) -> float | None:
         self._loop.pump()
@@ -308,6 +321,8 @@ class EngineService:
         if template is None:
             name = self.parts.model_name
             raise TemplateError(f"{name} has no chat template: use generate with a plain prompt")
+        if not template.knows_tools and (tools or any(map(speaks_of_tools, messages))):
+            messages, tools = tell_tools(messages, tools or ()), None
         return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
     def get_stats(self) -> EngineStats:
@@ -329,9 +344,10 @@ class EngineService:
     def get_health(self) -> EngineHealth:
         """Whether the engine works; reads only, so it answers even when the engine hangs."""
         reason = self._thread.closed_reason or self._loop.closed_reason
-        live = self._loop.num_live
-        stalled_ns = self.parts.clock.now_ns() - self._loop.last_progress_ns if live else 0
-        return EngineHealth(reason is None, reason, live, max(0, stalled_ns) / 1e9)
+        live, now_ns = self._loop.num_live, self.parts.clock.now_ns()
+        stalled_ns = now_ns - self._loop.last_progress_ns if live else 0
+        stall = self._loop.describe_stall(now_ns) if reason is None else None
+        return EngineHealth(reason is None, reason, live, max(0, stalled_ns) / 1e9, stall)
 
     def close(self) -> None:
         """Fail what is live, close the executor and wait for the thread; again does nothing."""

@@ -7,9 +7,14 @@ function sent is either run or refused with EngineClosed, also after the thread 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
 import queue
+import select
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,9 +29,13 @@ class Work(Protocol):
     """What the thread does between functions.
 
     `pump` does what is due and returns the seconds until it must be called again although nobody
-    woke the thread, or None. The last call is `close`, or `abandon` when anything has raised:
-    then nothing may be relied upon, and all that is left to do is to tell those who wait.
+    woke the thread, or None. `poll_for` is a descriptor and poll events to call it at as well, or
+    None. The last call is `close`, or `abandon` when anything has raised: then nothing may be
+    relied upon, and all that is left to do is to tell those who wait.
     """
+
+    @property
+    def poll_for(self) -> tuple[int, int] | None: ...
 
     def pump(self) -> float | None: ...
 
@@ -46,6 +55,10 @@ class EngineThread:
         self._closed_reason: str | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
+        # Written to by those who send while the thread sleeps on descriptors and not on the queue.
+        # Closed when nobody who could still write has this object.
+        self._wake_fd = -1
+        self._is_polling = False
 
     @property
     def closed_reason(self) -> str | None:
@@ -61,7 +74,7 @@ class EngineThread:
 
     def wake(self) -> None:
         """Have `pump` called soon; from any thread."""
-        self._sent.put(_do_nothing)
+        self._put(_do_nothing)
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Run `function` on the thread, in order of sending; the future has what it returns."""
@@ -98,11 +111,16 @@ class EngineThread:
     def _send(self, function: Callable[[], None]) -> bool:
         if self._closed_reason is not None:
             return False
-        self._sent.put(function)
+        self._put(function)
         if self._closed_reason is not None:
             # The thread ended in between and may not have seen it. All it can do is be refused.
             _run_all(self._take_sent(0))
         return True
+
+    def _put(self, function: Callable[[], None]) -> None:
+        self._sent.put(function)
+        if self._is_polling:
+            os.eventfd_write(self._wake_fd, 1)
 
     def _run(self, work: Work) -> None:
         reason = "the engine was closed"
@@ -113,6 +131,10 @@ class EngineThread:
                     _run_all(taken)
                 wait_s = work.pump()
                 if wait_s != 0 or not self._sent.empty():
+                    awaited = work.poll_for
+                    if awaited is not None:
+                        self._sleep_on(awaited, wait_s)
+                        wait_s = 0
                     taken = self._take_sent(wait_s)
             _run_all(taken)
             work.close()
@@ -126,6 +148,22 @@ class EngineThread:
             _run_all(taken)
             _run_all(self._take_sent(0))
 
+    def _sleep_on(self, awaited: tuple[int, int], wait_s: float | None) -> None:
+        """Sleep until something is sent, the descriptor has news, or the time is over."""
+        if self._wake_fd < 0:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            weakref.finalize(self, os.close, self._wake_fd)
+        # Said before the queue is looked at: who sends after that sees it and writes.
+        self._is_polling = True
+        if self._sent.empty():
+            poll = select.poll()
+            poll.register(self._wake_fd, select.POLLIN)
+            poll.register(*awaited)
+            poll.poll(None if wait_s is None else math.ceil(wait_s * 1e3))
+        self._is_polling = False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+
     def _take_sent(self, wait_s: float | None) -> deque[Callable[[], None]]:
         """What is there now, or once the first has come.
 
@@ -133,7 +171,7 @@ class EngineThread:
         """
         taken: deque[Callable[[], None]] = deque()
         try:
-            taken.append(self._sent.get(timeout=wait_s))
+            taken.append(self._sent.get(wait_s != 0, wait_s))
             for _ in range(self._sent.qsize()):
                 taken.append(self._sent.get_nowait())
         except queue.Empty:
