@@ -35,7 +35,7 @@ SPEC = get_known_model("llama-2-7b")
 COST = RooflineCost(SPEC, get_known_device("a100-80gb"), 1, CAPTURED, get_model_work(SPEC))
 ENGINE = Engine(COST, pool_tokens=100_000, max_rows=256, step_tokens=2048)
 DEMAND = Demand(rate=5.0, prompt_tokens=1000, new_tokens=200, ttft_s=2.0, tpot_s=0.05)
-OPTION = Option("llama-2-7b", "a100-80gb", "bf16", "f16", 1, ENGINE, 2.0, 524_288)
+OPTION = Option(SPEC, "a100-80gb", "bf16", "f16", 1, ENGINE, 2.0, 524_288)
 
 
 @pytest.mark.parametrize(("cap", "batch"), [(1.0, 28), (0.9, 21)])

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from twostroke.cli.options import PlanOptions
-from twostroke.cli.plan_check import Checked, check_candidate
+from twostroke.cli.plan_check import TRIES, Checked, check_candidate
 from twostroke.cli.plan_table import describe_plan, explain, print_plan
+from twostroke.cli.question_options import PlanOptions
 from twostroke.cli.roofline import THIS, check_pictures
 from twostroke.cli.settings import format_bytes
 from twostroke.cli.simulated import (
@@ -138,8 +138,10 @@ def check(answer: Answer) -> Answer:
     question = answer.question
     assert question.source is not None
     began = time.perf_counter()
+    tries = min(TRIES, question.most_replicas)
     checked = [
-        check_candidate(candidate, question.demand, question.source) for candidate in answer.shown
+        check_candidate(candidate, question.demand, question.source, tries)
+        for candidate in answer.shown
     ]
     order = sorted(checked, key=lambda each: (not each.is_kept, *get_rank(each.candidate)))
     shown = tuple(each.candidate for each in order)
@@ -273,7 +275,7 @@ def _fit(
             made = Engine(cost, pool_tokens, min(MAX_ROWS, budget), budget)
             is_plain = (stored, kind) == (_WEIGHTS[0], _ELEMENTS[0])
             yield Option(
-                f"{spec.name}:{stored}", wanted, stored, kind, tp, made,
+                spec, wanted, stored, kind, tp, made,
                 device.hourly_price, token_bytes, is_plain,
             )  # fmt: skip
 
@@ -308,7 +310,7 @@ def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[floa
     engine = Engine(cost, pool_tokens, settings.max_rows, settings.step_tokens)
     kind = settings.kv_element.value
     option = Option(
-        spec.name, f"this machine, {settings.threads} threads, {source_name}", "its file's", kind,
+        spec, f"this machine, {settings.threads} threads, {source_name}", "its file's", kind,
         1, engine, options.price or 0.0, spec.get_kv_bytes_per_token(settings.kv_element),
     )  # fmt: skip
     if options.rate is None and options.trace is None:
@@ -316,7 +318,8 @@ def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[floa
         demand = _measure(source, targets)
         rate = find_capacity(engine, demand).load.rate
         return Question(replace(demand, rate=0.999 * rate), None, (option,), 0.0, 1, ())
-    demand = _measure(_build_source(options), targets)
+    source = _build_source(options)
+    demand = _measure(source, targets)
     if demand.held_tokens > pool_tokens:
         raise DeviceError(f"the KV pool here holds {pool_tokens:,} tokens, less than one request")
-    return Question(demand, None, (option,), 0.0, 1, ())
+    return Question(demand, source, (option,), 0.0, 1, ())

@@ -30,13 +30,12 @@ from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.results import get_times
 from twostroke.sim.routers import make_router
 from twostroke.sim.sources import Fitted, Source, Targets
-from twostroke.spec.catalog import get_known_model
 
 _BLOCK_TOKENS = 16
 _LEAST, _MOST = 500, 4000  # requests
 _EACH = 80  # requests for each replica
 _LATENCIES = 4  # a steady state takes several requests' times
-_TRIES = 4
+TRIES = 4
 _KEPT = 0.9
 _FINISHED = FATES.index("finished")
 
@@ -61,9 +60,11 @@ class Checked:
         return self.share >= _KEPT
 
 
-def check_candidate(candidate: Candidate, demand: Demand, source: Source) -> Checked:
-    """Simulate it, with more replicas where it does not keep the targets, at most _TRIES times."""
-    for _ in range(_TRIES):
+def check_candidate(
+    candidate: Candidate, demand: Demand, source: Source, tries: int = TRIES
+) -> Checked:
+    """Simulate it, with more replicas where it does not keep the targets, at most `tries` times."""
+    for _ in range(tries):
         checked = _simulate(candidate, demand, source)
         if checked.is_kept:
             break
@@ -140,7 +141,7 @@ def _count(candidate: Candidate, demand: Demand) -> int:
 
 def _draw(candidate: Candidate, source: Source, demand: Demand) -> Iterator[Arrival]:
     pool = candidate.pools[0]
-    spec = get_known_model(pool.option.model.partition(":")[0])
+    spec = pool.option.spec
     targets = Targets(
         context_tokens=spec.context_tokens,
         ttft_ns=round(demand.ttft_s * 1e9),
@@ -151,7 +152,7 @@ def _draw(candidate: Candidate, source: Source, demand: Demand) -> Iterator[Arri
 
 def _build_replica(option: Option) -> ReplicaSpec:
     """What each replica is made of, as `simulate` makes it."""
-    engine, spec = option.engine, get_known_model(option.model.partition(":")[0])
+    engine, spec = option.engine, option.spec
     block_bytes = _BLOCK_TOKENS * option.kv_token_bytes
     num_blocks = engine.pool_tokens // _BLOCK_TOKENS
     config = SchedulerConfig(

@@ -228,7 +228,7 @@ def _describe_pool(pool: Pool, demand: Demand) -> dict[str, Any]:
     option = pool.option
     return {
         "role": pool.role,
-        "model": option.model,
+        "model": option.spec.name,
         "device": option.device,
         "weights": option.weights,
         "kv": option.kv,

@@ -22,6 +22,7 @@ from twostroke.plan.capacity import (
     get_prefill_s,
     get_step_s,
 )
+from twostroke.spec.model import ModelSpec
 
 HOURS_A_MONTH = 730
 MOST_LINK_BUSY = 0.7
@@ -32,7 +33,7 @@ class Option:
     """An engine on `tp` devices. price: dollars an hour for one device, 0 where unknown;
     kv_token_bytes: keys and values of one token; is_plain: in formats that change no answer."""
 
-    model: str
+    spec: ModelSpec
     device: str
     weights: str
     kv: str
