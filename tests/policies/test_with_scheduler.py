@@ -283,3 +283,19 @@ def test_a_newcomer_with_one_token_to_compute_takes_its_share_of_the_budget() ->
     assert isinstance(plan, StepPlan)
     assert plan.num_tokens == 6
     driver.drain()
+
+
+def test_with_accounts_a_prompt_that_was_charged_goes_on_before_others_are_admitted() -> None:
+    # The greedy tenant's requests came first; behind the modest one's chunk they are cheaper.
+    config = SchedulerConfig(64, 16, 32, 16, 512, 17)
+    driver = make_driver(config, order="fair")
+    for number in range(20):
+        driver.submit(Request(f"g{number}", (1,) * 20, 1, tenant="greedy"))
+    driver.submit(Request("m", (2,) * 128, 1, tenant="modest"))
+    order: list[str] = []
+    while (plan := driver.plan()) and isinstance(plan, StepPlan):
+        order += [row.sequence.request for row in plan.rows]
+        driver.commit()
+    first = order.index("m")
+    others = [id for id in order[first : first + 4] if id != "m"]
+    assert len(others) <= 1  # at most who was in the same step when it was admitted

@@ -86,7 +86,8 @@ class StepBuilder:
                 self._place(sequence, 1)
         for sequence in running if len(decodes) < len(running) else ():
             if sequence.gap > 1:
-                self._admit(before=sequence.key)
+                if policies.accounts is None:  # else who was charged for its prompt goes on first
+                    self._admit(before=sequence.key)
                 self._place(sequence, self._get_tokens(sequence.planned, sequence.gap))
         self._admit(before=None)
 
