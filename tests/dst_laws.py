@@ -9,8 +9,8 @@ and out alone, what the engine owes each request. A broken law is an AssertionEr
 - order: nobody who waits is overtaken but by whom the policy ranks before it, and the first of
   those that run is not preempted.
 - waiting: a request waits for at most as many committed steps, times the steps in flight, as those
-  that may go before it have tokens: who was live when it came, and who overtook it. The first of
-  them computes at least one token in every step, or has one in flight.
+  that may go before it have tokens: who was live when it came, who overtook it, and who was
+  preempted meanwhile, once more. One of them computes a token in every step, or in the next.
 - budgets: tokens and rows of a step, its pace's limits, and rows that ask for what is known.
 - conservation: submitted = finished + rejected + cancelled + failed + live, at the scheduler, the
   loop and the metrics, and the three agree.
@@ -92,6 +92,7 @@ class Laws:
     ) -> None:
         self.told: dict[SequenceId, Told] = {}
         self.flights: deque[Running] = deque()
+        self.parts: dict[int, StepPlan] = {}  # what an executor was given last of a step
         self.live: dict[str, Known] = {}
         self.asked: dict[SequenceId, Ending] = {}
         self.num_accepted = self.num_rejected = self.num_steps = 0
@@ -103,6 +104,7 @@ class Laws:
         self._book = book
         self._metrics = metrics
         self._batch: set[str] = set()
+        self._last: set[SequenceId] = set()  # who had a row in the plan before
         self._cost = LinearStepCost()
         self._delivered: list[Known] = []  # everybody, for the end
 
@@ -139,6 +141,7 @@ class Laws:
         assert plan.iterations == 1 or plan.num_tokens == len(plan.rows), "budgets: a long stride"
         self._check_order(plan)
         self._check_pace(plan)
+        self._last = {row.sequence for row in plan.rows}
         self._book.step_started(plan, now_ns)
 
     def step_committed(self, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -161,7 +164,9 @@ class Laws:
         if self.says is not None:
             self.says(repr(lost))
         self.is_closed |= self._scene.replacements == 0
-        for id in {row.sequence.request for row in self.flights[0].plan.rows}:
+        suspect = self.flights[0].plan
+        rows = self.parts.get(suspect.step, suspect).rows
+        for id in {row.sequence.request for row in rows}:
             if id in self.live:
                 self.live[id].losses += 1
         self.flights.clear()
@@ -182,8 +187,7 @@ class Laws:
                 self._check_ending(update.sequence, told, update.ending)
             else:
                 assert isinstance(update, Preempted)
-                self.num_preempted += 1
-                self._check_preempted(update.sequence)
+                self._note_preempted(update.sequence)
         if not self._scheduler.num_running:
             self._batch.clear()
         stops = self._book.updated(updates, now_ns)
@@ -290,9 +294,12 @@ class Laws:
                     most = scene.get_ranks(other.request, other.arrived_ns)[1], other.number
                     assert least < most, f"order: {one.request.id} overtook {other.request.id}"
 
-    def _check_preempted(self, id: SequenceId) -> None:
+    def _note_preempted(self, id: SequenceId) -> None:
         """Somebody who runs may go before whoever is preempted, so the first always proceeds."""
         scene, one = self._scene, self.live[id.request]
+        self.num_preempted += 1
+        for other in self.live.values():
+            other.before += one.get_work(scene.config.context_tokens)
         most = scene.get_ranks(one.request, one.arrived_ns)[1], one.number
         siblings = (self.told[SequenceId(id.request, at)] for at in range(id.index))
         others = (
@@ -321,14 +328,15 @@ class Laws:
             self._check_target(plan)
 
     def _check_target(self, plan: StepPlan) -> None:
-        """More than one block of prompts only where every decode's target is kept."""
+        """More than one block of prompts only where running decodes' targets are kept."""
         choice, totals, targets = self._scene.choice, StepTotals(), list[int]()
         assert choice is not None
         for row in plan.rows:
             sampled = int(row.sampling is not None)
             more = self._cost.get_row_totals(len(row.tokens), row.start, sampled)
             totals = add_totals(totals, more)
-            if len(row.tokens) == 1:
+            told = self.told[row.sequence]
+            if row.start >= len(told.request.prompt) and row.sequence in self._last:
                 itl_ns = self.live[row.sequence.request].request.itl_ns or choice.itl_ns
                 targets.append(itl_ns)
         if targets:

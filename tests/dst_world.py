@@ -67,8 +67,11 @@ class CheckedExecutor:
             self._ran = False
             self.inner.lose("it starts nothing")
             raise ExecutorLost("it starts nothing")
-        step = self._world.laws.flights[-1]
-        assert step.plan is plan
+        laws = self._world.laws
+        laws.parts[plan.step] = plan
+        flight = next(one for one in laws.flights if one.plan.step == plan.step)
+        told = dict(zip((row.sequence for row in flight.plan.rows), flight.told, strict=True))
+        step = Running(plan, [told[row.sequence] for row in plan.rows])
         self._runs.append(step)
         self.inner.start(plan, partial(self._answer, on_done, harm))
 
