@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -33,7 +33,7 @@ from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
 from twostroke.text.tokenizer import Tokenizer, build_tokenizer
 from twostroke.weights.catalog import get_cache_dir, resolve
-from twostroke.weights.load import open_model
+from twostroke.weights.load import OpenModel, open_model
 
 _LONGEST_S = 600.0  # a load that takes longer has hung
 
@@ -162,14 +162,22 @@ class VariantRun:
 class VariantBench:
     """An open model whose executor runs loads under variants, one at a time; a context manager."""
 
-    def __init__(self, model: str, sizes: RunnerSizes, backend: str = "cpu") -> None:
-        """Open `model` by name or path. Raises UnknownModel, CorruptModel, DeviceError."""
+    def __init__(
+        self,
+        model: str,
+        sizes: RunnerSizes,
+        make_executor: Callable[[OpenModel, RunnerSizes], LocalExecutor] | None = None,
+    ) -> None:
+        """Open `model` by name or path; make_executor: in place of the CPU's usual one.
+
+        Raises UnknownModel, CorruptModel, DeviceError.
+        """
         with contextlib.ExitStack() as undo:
             opened = undo.enter_context(open_model(resolve(model)))
             self.spec: ModelSpec = opened.spec
             self.tokenizer: Tokenizer = build_tokenizer(opened.vocabulary)
-            packed = get_cache_dir() / "packed"
-            self.executor: LocalExecutor = build_executor(opened, backend, sizes, packed)
+            make = make_executor or _make_executor
+            self.executor: LocalExecutor = make(opened, sizes)
             undo.callback(self.executor.close)
             self.sizes = sizes
             self._name = model
@@ -241,6 +249,10 @@ class VariantBench:
         )
         policies = build_policies(variant.policies, step_tokens=step_tokens, cost=cost)
         return Scheduler(config, policies)
+
+
+def _make_executor(model: OpenModel, sizes: RunnerSizes) -> LocalExecutor:
+    return build_executor(model, "cpu", sizes, get_cache_dir() / "packed")
 
 
 class _Following:

@@ -45,3 +45,50 @@ class ExplainOptions:
     json: bool = field(
         default=False, metadata=show("Print one JSON object instead of tables.", "--json")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblateOptions:
+    """On which model techniques are compared, and which."""
+
+    model: str = field(
+        default="smollm2-135m",
+        metadata=show("A known name, or a file.", is_argument=True, metavar="[MODEL]"),
+    )
+    only: str | None = field(
+        default=None,
+        metadata=show(
+            "Some techniques, with commas; a wrong name lists them.",
+            default="all",
+            metavar="NAMES",
+        ),
+    )
+    threads: int | None = field(
+        default=None,
+        metadata=show("Threads that compute.", default="physical cores", least=1),
+    )
+    output: list[str] | None = field(
+        default=None,
+        metadata=show(
+            "Write the gains as a picture (.png, .svg); may be given several times.",
+            metavar="FILE",
+        ),
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object instead of a table.", "--json")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdviseOptions:
+    """Which server is looked at."""
+
+    url: str = field(
+        default="http://127.0.0.1:8000", metadata=show("The server's address.", metavar="URL")
+    )
+    api_key: str | None = field(
+        default=None, metadata=show("Key of a server that asks for one.", default="none")
+    )
+    json: bool = field(
+        default=False, metadata=show("Print one JSON object instead of text.", "--json")
+    )
