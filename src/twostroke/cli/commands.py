@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twostroke.cli.insight_options import ExplainOptions
+from twostroke.cli.insight_options import AblateOptions, AdviseOptions, ExplainOptions
 from twostroke.cli.options import (
     BenchOptions,
     GenerateOptions,
@@ -144,6 +144,20 @@ def explain(options: ExplainOptions, on: MachineOptions) -> None:
     run_explain(options, on)
 
 
+def ablate(options: AblateOptions) -> None:
+    """Measure what each technique buys on this machine: the same load with it and without."""
+    from twostroke.cli.ablate import run_ablate
+
+    run_ablate(options)
+
+
+def advise(options: AdviseOptions) -> None:
+    """Say which change would help a running server most, and by how much."""
+    from twostroke.cli.advise import run_advise
+
+    run_advise(options)
+
+
 COMMANDS = {
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
@@ -153,6 +167,8 @@ COMMANDS = {
     "calibrate": Command(calibrate, (ModelOption, MachineOptions)),
     "bench": Command(bench, (BenchOptions, LoadOptions, SchedulingOptions, MachineOptions)),
     "serve": Command(serve, (ModelOption, ServeOptions, SchedulingOptions, MachineOptions)),
+    "ablate": Command(ablate, (AblateOptions,)),
+    "advise": Command(advise, (AdviseOptions,)),
     "explain": Command(explain, (ExplainOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
     "plan": Command(plan, (PlanOptions,)),
