@@ -82,6 +82,11 @@ def test_a_trace_is_planned_for_by_its_own_lengths_and_rate() -> None:
     assert question.demand.prompt_tokens > question.demand.new_tokens > 100
 
 
+def test_stages_are_taken_where_tensor_parallelism_alone_does_not_do() -> None:
+    question = ask(PlanOptions(model="llama-3.1-405b:bf16", device=["a100-80gb"], rate="0.1"))
+    assert {(each.tp, each.pp) for each in question.options} == {(8, 2)}
+
+
 def test_without_a_price_nothing_costs_anything(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, replace(ASKED, device=["l4:captured"], price=None, check=False))
     assert all(each["monthly_cost"] is None for each in answer["plans"])  # type: ignore[attr-defined]
@@ -100,7 +105,7 @@ def test_every_formula_is_explained_with_its_numbers(capsys: pytest.CaptureFixtu
         ({"rate": "-3"}, "must be above 0"),
         ({"device": ["a100-80"]}, "did you mean a100-80gb"),
         ({"model": "llama-2-8b"}, "did you mean llama-2-7b"),
-        ({"model": "llama-3.1-405b", "device": ["t4"]}, "8 × t4 has .*mi300x hold it so"),
+        ({"model": "llama-3.1-405b:f32", "device": ["t4"]}, "64 × t4 has .* 16 × b200"),
         ({"itl_target_ms": 0.1}, "itl_target_ms: cannot be kept .* ms is the least, with"),
         ({"ttft_target_ms": 0.1}, "ttft_target_ms: cannot be kept .* ms is the least, with"),
         ({"ttft_target_ms": -1.0}, "must be above 0"),

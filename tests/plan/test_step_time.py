@@ -35,6 +35,7 @@ COSTS: list[StepCost] = [
     RooflineCost(LLAMA, A100, 4),
     RooflineCost(get_known_model("mixtral-8x7b"), get_known_device("h100-sxm"), 2, CAPTURED),
     RooflineCost(get_known_model("smollm2-135m", "q4_0"), get_known_device("t4")),
+    RooflineCost(get_known_model("mixtral-8x7b"), A100, 2, CAPTURED, None, 4),
     MeasuredCost(GEMMA, FIT),
 ]
 ROWS = st.lists(
@@ -159,6 +160,19 @@ def test_a_mixture_reads_more_experts_the_more_tokens_decode() -> None:
 def test_devices_that_cannot_share_heads_are_refused_with_those_that_can() -> None:
     with pytest.raises(InvalidParameter, match=r"tensor_parallel: .*64 heads: 1, 2, 4, 8.*not 3"):
         RooflineCost(LLAMA, A100, 3)
+
+
+def test_stages_share_a_steps_rows_but_read_all_weights() -> None:
+    spec = get_known_model("llama-2-70b")
+    device = get_known_device("a100-80gb")
+    one, two = (RooflineCost(spec, device, 4, CAPTURED, None, stages) for stages in (1, 2))
+    row = StepTotals(*(64 * each for each in one.get_row_totals(1, 2000, 1)))
+    half = StepTotals(*(32 * each for each in one.get_row_totals(1, 2000, 1)))
+    assert two.predict_ns(row) == pytest.approx(one.predict_ns(half), rel=0.01)
+    prompt = one.get_row_totals(2048, 0, 1)
+    assert two.predict_ns(prompt) == pytest.approx(one.predict_ns(prompt) / 2, rel=0.1)
+    with pytest.raises(InvalidParameter, match="from 1 to the 80 layers"):
+        RooflineCost(spec, device, 4, CAPTURED, None, 81)
 
 
 def test_devices_without_a_link_are_refused() -> None:

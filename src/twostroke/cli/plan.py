@@ -42,7 +42,7 @@ from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import get_model_work
 
 _BUDGETS = (512, 1024, 2048, 4096, 8192)
-_DEGREES = (1, 2, 4, 8)
+_DEGREES, _STAGES = (1, 2, 4, 8), (1, 2, 4, 8)
 _WEIGHTS, _ELEMENTS = ("bf16", "q8_0"), ("f16", "int8")
 _SHOWN = 4
 _MEASURED = 2000  # requests whose lengths make the means
@@ -245,10 +245,15 @@ def _build_options(options: PlanOptions, names: Sequence[str]) -> Iterator[Optio
                 raise InvalidParameter("price", "must be 0 or more dollars an hour")
             device = replace(device, hourly_price=options.price)
         fits = False
-        for (stored, spec), kind in product(specs, kinds):
-            for option in _fit(spec, (wanted, stored, kind), device, engine):
-                fits = True
-                yield option if options.max_rows is None else _limit(option, options.max_rows)
+        # Stages only where tensor parallelism alone does not do: they add latency and no speed.
+        for stages in _STAGES:
+            for (stored, spec), kind in product(specs, kinds):
+                sharing = (device, engine, stages)
+                for option in _fit(spec, (wanted, stored, kind), sharing):
+                    fits = True
+                    yield option if options.max_rows is None else _limit(option, options.max_rows)
+            if fits:
+                break
         if not fits:
             yield _say_unfit(specs[-1][1], specs[-1][0], device)
 
@@ -258,42 +263,43 @@ def _limit(option: Option, max_rows: int) -> Option:
 
 
 def _fit(
-    spec: ModelSpec, names: tuple[str, str, str], device: DeviceSpec, engine: str
+    spec: ModelSpec, names: tuple[str, str, str], sharing: tuple[DeviceSpec, str, int]
 ) -> Iterator[Option]:
-    wanted, stored, kind = names
+    """Engines that hold the model with so many pipeline stages."""
+    (wanted, stored, kind), (device, engine, stages) = names, sharing
     element = KvElement(kind)
     work = get_model_work(spec, element)
     token_bytes = spec.get_kv_bytes_per_token(element)
     for tp in _DEGREES:
-        if spec.num_heads % tp or (tp > 1 and not device.link_bandwidth):
+        if spec.num_heads % tp or (tp * stages > 1 and not device.link_bandwidth):
             continue
-        pool_tokens = get_pool_bytes(spec, device, tp) // token_bytes
+        pool_tokens = get_pool_bytes(spec, device, tp, stages) // token_bytes
         if pool_tokens < 2 * _BUDGETS[0]:
             continue
-        cost = RooflineCost(spec, device, tp, ENGINES[engine][0], work)
+        cost = RooflineCost(spec, device, tp, ENGINES[engine][0], work, stages)
         for budget in _BUDGETS:
             made = Engine(cost, pool_tokens, min(MAX_ROWS, budget), budget)
             is_plain = (stored, kind) == (_WEIGHTS[0], _ELEMENTS[0])
             yield Option(
                 spec, wanted, stored, kind, tp, made,
-                device.hourly_price, token_bytes, is_plain,
+                device.hourly_price, token_bytes, is_plain, stages,
             )  # fmt: skip
 
 
 def _say_unfit(spec: ModelSpec, stored: str, device: DeviceSpec) -> str:
     """Why a model fits no number of these devices, and what would hold it."""
     needed = format_bytes(spec.weight_bytes)
-    most = max(tp for tp in _DEGREES if spec.num_heads % tp == 0)
+    most = max(tp for tp in _DEGREES if spec.num_heads % tp == 0) * _STAGES[-1]
     most = most if device.link_bandwidth else 1
     memory = format_bytes(most * device.memory_bytes)
+    tp = max(tp for tp in _DEGREES if spec.num_heads % tp == 0)
     others = [
-        f"{tp} × {name}"
+        (tp * stages, name)
         for name in list_known_devices()
-        for tp in _DEGREES
-        if spec.num_heads % tp == 0
-        and get_pool_bytes(spec, get_known_device(name), tp) > 2 * _BUDGETS[0]
+        for stages in _STAGES
+        if get_pool_bytes(spec, get_known_device(name), tp, stages) > 0
     ]
-    fewest = sorted(others, key=lambda each: int(each.split()[0]))[:3]
+    fewest = [f"{count} × {name}" for count, name in sorted(others)[:3]]
     hint = f"{', '.join(fewest)} hold it so" if fewest else f"take {spec.name}:q4_0"
     return f"{spec.name} takes {needed} in {stored}, {most} × {device.name} has {memory}; {hint}"
 

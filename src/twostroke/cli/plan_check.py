@@ -187,4 +187,5 @@ def _build_replica(option: Option) -> ReplicaSpec:
 
 def name_pool(pool: Pool) -> str:
     """A pool in a few words: "3 × (tp 2)"."""
-    return f"{pool.replicas:,} × (tp {pool.option.tp})"
+    stages = f", pp {pool.option.pp}" if pool.option.pp > 1 else ""
+    return f"{pool.replicas:,} × (tp {pool.option.tp}{stages})"

@@ -233,6 +233,7 @@ def _describe_pool(pool: Pool, demand: Demand) -> dict[str, Any]:
         "weights": option.weights,
         "kv": option.kv,
         "tp": option.tp,
+        "pp": option.pp,
         "replicas": pool.replicas,
         "step_tokens": option.engine.step_tokens,
         "largest_batch": get_largest_batch(option.engine, demand),

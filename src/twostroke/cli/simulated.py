@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from twostroke.cli.options import SchedulingOptions, SimulatedMachineOptions
+from twostroke.cli.options import SchedulingOptions
+from twostroke.cli.question_options import SimulatedMachineOptions
 from twostroke.cli.settings import Choice, format_bytes, parse_bytes
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
@@ -26,6 +27,8 @@ from twostroke.spec.catalog import get_known_model, list_known_models
 from twostroke.spec.device import DeviceSpec, get_known_device, list_known_devices
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec, ShardAxis
+from twostroke.spec.ranks import split_layers
+from twostroke.spec.sharded_work import Sharding, get_rank_weight_bytes
 from twostroke.spec.work import get_model_work
 
 KV_ELEMENTS = tuple(each.value for each in KvElement)
@@ -274,11 +277,19 @@ def _size_pool(
     return room // block_bytes, reason
 
 
-def get_pool_bytes(spec: ModelSpec, device: DeviceSpec, tp: int) -> int:
-    """KV that `tp` devices hold beside the weights, every token's counted once; may be negative."""
+def get_pool_bytes(spec: ModelSpec, device: DeviceSpec, tp: int, stages: int = 1) -> int:
+    """KV that `tp` devices hold beside the weights, every token's counted once; may be negative.
+
+    stages: so many times `tp` devices, of which the fullest stage bounds all.
+    """
     # Beyond one head a device, heads are held several times.
     held = -(-spec.num_kv_heads // tp) * tp / spec.num_kv_heads
-    return int(_get_free_bytes(spec, device, tp) * tp / held)
+    if stages == 1:
+        return int(_get_free_bytes(spec, device, tp) * tp / held)
+    weights = get_rank_weight_bytes(spec, Sharding(tp, stages))
+    free = int(device.memory_bytes * (1 - KEPT_BACK)) - weights
+    share = max(map(len, split_layers(spec, stages))) / spec.num_layers
+    return int(free * tp / held / share)
 
 
 def _get_free_bytes(spec: ModelSpec, device: DeviceSpec, tp: int) -> int:

@@ -113,6 +113,11 @@ class RooflineCost:
     traffic of activations, the work that is not divided (norms, routers), and waiting of the
     devices for each other.
 
+    With pipeline parallelism the devices are those of one stage, and a step's rows go through the
+    stages in as many equal parts, one behind the other without end (Huang et al. 2019, §2.3), so
+    that a step takes what one part takes through all stages; filling the pipeline is left out,
+    which makes a step that is alone take up to twice as long.
+
     A device with 16-bit matrix units multiplies and attends in 16 bits whatever the weights are
     stored in; one without does as work.py counts. See `StepCost` for the methods.
     """
@@ -124,12 +129,13 @@ class RooflineCost:
         tensor_parallel: int = 1,
         overheads: Overheads = EAGER,
         work: ModelWork | None = None,
+        pipeline_parallel: int = 1,
     ) -> None:
         """work: counts of `spec`, where its KV is not 16-bit.
 
         Raises InvalidParameter when the devices cannot share the model's heads, or have no link.
         """
-        _check_sharing(spec, device, tensor_parallel)
+        _check_sharing(spec, device, tensor_parallel, pipeline_parallel)
         self._work = work = get_model_work(spec) if work is None else work
         self.get_row_totals = work.get_row_totals
         n, over, layers = tensor_parallel, overheads, spec.num_layers
@@ -164,14 +170,19 @@ class RooflineCost:
                 late_ns = passed_ns / over.link_late_efficiency
                 self._burst_tokens = over.link_burst_bytes / token_bytes
                 self._late_token_ns = late_ns - self._link_token_ns
+        self._stages, self._sent_token_ns, self._sent_ns = pipeline_parallel, 0.0, 0.0
+        if pipeline_parallel > 1:
+            sends, link = pipeline_parallel - 1, device.link_bandwidth * over.link_efficiency
+            self._sent_token_ns = sends * 2 * spec.width * 1e9 / link  # in 16 bits
+            self._sent_ns = sends * over.link_ns
         self._host_ns, self._step_ns = layers * over.layer_host_ns, over.step_ns
         self._sampled_ns, self._prompt_ns = over.sampled_ns, over.prompt_ns
         self._copy_byte_ns = 1e9 / device.host_bandwidth / n if device.host_bandwidth else byte_ns
 
     def predict_ns(self, totals: StepTotals) -> int:
         """Time of one step."""
-        experts = self._experts[min(totals.tokens, len(self._experts) - 1)]
-        return to_time(self._evaluate(totals, experts, max))
+        experts = self._experts[min(-(-totals.tokens // self._stages), len(self._experts) - 1)]
+        return to_time(self._evaluate(self._share(totals), experts, max))
 
     def predict_run_ns(self, first: StepTotals, growth: StepTotals, count: int) -> list[int]:
         """Times of `count` steps, the first with `first`, each `growth` more than the last."""
@@ -180,14 +191,21 @@ class RooflineCost:
         totals = spread_totals(first, growth, count)
         most = len(self._experts) - 1
         if growth.tokens:
-            experts: Values = self._expert_array[np.minimum(totals.tokens, most)]
+            tokens = -(-totals.tokens // self._stages)
+            experts: Values = self._expert_array[np.minimum(tokens, most)]
         else:
-            experts = self._experts[min(first.tokens, most)]
-        return to_times(self._evaluate(totals, experts, get_longer), count)
+            experts = self._experts[min(-(-first.tokens // self._stages), most)]
+        return to_times(self._evaluate(self._share(totals), experts, get_longer), count)
 
     def predict_copy_ns(self, kv_bytes: int) -> int:
         """Time of moving KV to or from host memory: each device moves its part."""
         return round(kv_bytes * self._copy_byte_ns)
+
+    def _share(self, totals: StepTotals) -> StepTotals:
+        """What goes through the stages at once: one of as many equal parts as there are stages."""
+        if self._stages == 1:
+            return totals
+        return StepTotals._make(each / self._stages for each in totals)
 
     def _evaluate(
         self, totals: StepTotals, experts: Values, longer: Callable[[Values, Values], Values]
@@ -195,12 +213,13 @@ class RooflineCost:
         """Nanoseconds of one step or many; `experts` are the bytes of the experts read."""
         rows, tokens, sampled, pairs, keys, decode_pairs, decode_keys = totals
         layers = self._work.num_layers
-        prompt_rows = rows - (decode_pairs - decode_keys) // layers
+        prompt_rows = rows - (decode_pairs - decode_keys) / layers
         # A decoding row writes as many keys as it has pairs but no earlier keys.
         prompt_pairs = pairs - decode_pairs
         prompt_keys = keys - decode_keys + tokens * layers - (decode_pairs - decode_keys)
         ffn_ns = self._ffn_ns + experts * self._expert_byte_ns
-        device = self._fixed_ns + tokens * (self._token_ns + self._link_token_ns)
+        token_ns = self._token_ns + self._link_token_ns + self._sent_token_ns
+        device = self._fixed_ns + self._sent_ns + tokens * token_ns
         device = device + longer(tokens - self._burst_tokens, 0.0) * self._late_token_ns
         device = device + longer(tokens * self._projections_token_ns, self._projections_ns)
         device = device + longer(tokens * self._ffn_token_ns, ffn_ns)
@@ -226,7 +245,12 @@ def _get_matrix_rate(device: DeviceSpec, arithmetic: str) -> float:
     return device.get_rate(arithmetic)
 
 
-def _check_sharing(spec: ModelSpec, device: DeviceSpec, devices: int) -> None:
+def _check_sharing(spec: ModelSpec, device: DeviceSpec, devices: int, stages: int) -> None:
+    if not 1 <= stages <= spec.num_layers:
+        least = f"must be from 1 to the {spec.num_layers} layers of {spec.name}"
+        raise InvalidParameter("pipeline_parallel", f"{least}, not {stages}")
+    if stages > 1 and not device.link_bandwidth:
+        raise InvalidParameter("pipeline_parallel", f"{device.name} has no link to another")
     if devices < 1 or spec.num_heads % devices:
         fits = [str(n) for n in range(1, spec.num_heads + 1) if spec.num_heads % n == 0]
         problem = (

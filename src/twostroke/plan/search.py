@@ -30,7 +30,7 @@ MOST_LINK_BUSY = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An engine on `tp` devices. price: dollars an hour for one device, 0 where unknown;
+    """An engine on `tp` × `pp` devices. price: dollars an hour for one device, 0 where unknown;
     kv_token_bytes: keys and values of one token; is_plain: in formats that change no answer."""
 
     spec: ModelSpec
@@ -42,6 +42,7 @@ class Option:
     price: float
     kv_token_bytes: int
     is_plain: bool = True
+    pp: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Pool:
     @property
     def devices(self) -> int:
         """Devices of all replicas."""
-        return self.replicas * self.option.tp
+        return self.replicas * self.option.tp * self.option.pp
 
     @property
     def utilisation(self) -> float:
@@ -156,7 +157,8 @@ def find_nearest(options: Sequence[Option], demand: Demand) -> Nearest:
 
 def name_option(option: Option) -> str:
     """An option in a few words."""
-    return f"{option.tp} × {option.device}, {option.weights} weights, {option.kv} KV"
+    devices = option.tp * option.pp
+    return f"{devices} × {option.device}, {option.weights} weights, {option.kv} KV"
 
 
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
