@@ -45,6 +45,7 @@ _BUDGETS = (512, 1024, 2048, 4096, 8192)
 _DEGREES, _STAGES = (1, 2, 4, 8), (1, 2, 4, 8)
 _WEIGHTS, _ELEMENTS = ("bf16", "q8_0"), ("f16", "int8")
 _SHOWN = 4
+_CHECK_S = 30.0  # no further plan is simulated after so long
 _MEASURED = 2000  # requests whose lengths make the means
 _HOUR_MS = 3.6e6
 
@@ -134,17 +135,19 @@ def find(question: Question) -> Answer:
 
 
 def check(answer: Answer) -> Answer:
-    """Simulate the best few; one that fails gets more replicas, within bounds."""
+    """Simulate the best few while there is time; what fails gets more replicas, within bounds."""
     question = answer.question
     assert question.source is not None
     began = time.perf_counter()
     tries = min(TRIES, question.most_replicas)
-    checked = [
-        check_candidate(candidate, question.demand, question.source, tries)
-        for candidate in answer.shown
-    ]
+    checked: list[Checked] = []
+    for candidate in answer.shown:
+        if time.perf_counter() - began > _CHECK_S:
+            break
+        checked.append(check_candidate(candidate, question.demand, question.source, tries))
     order = sorted(checked, key=lambda each: (not each.is_kept, *get_rank(each.candidate)))
-    shown = tuple(each.candidate for each in order)
+    rest = answer.shown[len(checked) :]
+    shown = (*(each.candidate for each in order), *rest)
     seconds = time.perf_counter() - began
     return replace(answer, shown=shown, checked=tuple(order), seconds=answer.seconds + seconds)
 

@@ -32,10 +32,10 @@ from twostroke.sim.routers import make_router
 from twostroke.sim.sources import Fitted, Source, Targets
 
 _BLOCK_TOKENS = 16
-_LEAST, _MOST = 500, 4000  # requests
+_LEAST, _MOST = 500, 2000  # requests
 _EACH = 80  # requests for each replica
 _LATENCIES = 4  # a steady state takes several requests' times
-TRIES = 4
+TRIES = 3
 _KEPT = 0.9
 _FINISHED = FATES.index("finished")
 

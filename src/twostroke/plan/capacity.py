@@ -20,6 +20,7 @@ from twostroke.spec.work import StepTotals, add_totals
 # Beyond this share of its time a queue's waits grow without use.
 MOST_BUSY = 0.9
 _TAIL = 10.0  # the 90th percentile: one in ten waits longer
+_HALVINGS = 18  # of an interval: to a part in 250,000
 
 KV, ROWS, TPOT, TTFT, PROMPTS = (
     "the KV pool is full",
@@ -208,7 +209,7 @@ def find_load(engine: Engine, demand: Demand, rate: float, is_decode_only: bool 
     """The steady state at `rate` requests a second, which one engine can take."""
     get = get_decode_load if is_decode_only else get_load
     low, high = 0.0, float(engine.max_rows)
-    for _ in range(30):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if get(engine, demand, middle).rate < rate else (low, middle)
     return get(engine, demand, high)
@@ -219,7 +220,7 @@ def find_highest(is_kept: Callable[[float], bool], most: float) -> float:
     if is_kept(most):
         return most
     low, high = 0.0, most
-    for _ in range(30):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if is_kept(middle) else (low, middle)
     return low
