@@ -17,6 +17,8 @@ from twostroke.cli.options import (
     SamplingOptions,
     SchedulingOptions,
     ServeOptions,
+)
+from twostroke.cli.question_options import (
     SimulatedMachineOptions,
 )
 from twostroke.errors import (

@@ -13,12 +13,8 @@ from pyarrow import parquet
 
 from places import SHARED
 from twostroke.cli.fault_options import parse_faults
-from twostroke.cli.options import (
-    LoadOptions,
-    SchedulingOptions,
-    SimulatedMachineOptions,
-    SimulationOutput,
-)
+from twostroke.cli.options import SchedulingOptions
+from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
 from twostroke.cli.simulate import build_simulation, run_simulate
 from twostroke.cli.simulated import check_name, resolve_hardware
 from twostroke.errors import InvalidParameter, TwostrokeError
@@ -111,7 +107,10 @@ def test_faults_happen_and_nothing_is_lost(capsys: pytest.CaptureFixture[str]) -
     )
     found = simulate(capsys, load=load)
     fates = found["fates"]
-    assert fates["finished"] + fates["cancelled"] == 100  # type: ignore[index]
+    # Two deaths may hit one request's steps in a row, which is then taken for their cause.
+    ended = fates["finished"] + fates["cancelled"] + fates["failed"]  # type: ignore[index]
+    assert ended == 100
+    assert fates["failed"] <= 1  # type: ignore[index]
     assert fates["cancelled"] > 10  # type: ignore[index]
     assert found["use"]["lost_executors"] == 2  # type: ignore[index]
 

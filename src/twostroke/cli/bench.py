@@ -20,7 +20,8 @@ from twostroke.cli.bench_run import RealRun, run_load
 from twostroke.cli.bench_table import Compared, describe_bench, print_bench
 from twostroke.cli.calibrate import BUDGET_S, run_calibrate
 from twostroke.cli.compose import BuiltEngine, build_engine
-from twostroke.cli.options import BenchOptions, LoadOptions, MachineOptions, SchedulingOptions
+from twostroke.cli.options import MachineOptions, SchedulingOptions
+from twostroke.cli.question_options import BenchOptions, LoadOptions
 from twostroke.cli.scheduling import choose_policy, read_target
 from twostroke.cli.settings import (
     Choice,

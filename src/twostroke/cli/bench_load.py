@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from twostroke.cli.options import LoadOptions
+from twostroke.cli.question_options import LoadOptions
 from twostroke.cli.settings import Choice
 from twostroke.errors import InvalidParameter
 from twostroke.sim.arrivals import Arrival
@@ -26,7 +26,7 @@ from twostroke.sim.sources import (
 )
 
 # Of the predicted most: busy enough for requests to meet, far enough from an endless queue.
-SHARE = 0.6
+SHARE = 0.5
 # So many are wanted, because the p99 of fewer is one unlucky request.
 LEAST_REQUESTS = 200
 MOST_REQUESTS = 5000
@@ -51,6 +51,7 @@ def settle_load(load: LoadOptions, targets: Targets, seconds: float, predict: Pr
     """The requests to send. Raises InvalidParameter for a load that cannot be."""
     if load.faults is not None:
         raise InvalidParameter("faults", "only simulated executors fail on purpose; leave it out")
+    most = 0.0
     settled = SourceChoice(
         trace=load.trace,
         workload=load.workload,
@@ -64,15 +65,17 @@ def settle_load(load: LoadOptions, targets: Targets, seconds: float, predict: Pr
     if load.rate is None or load.requests is None:
         settled, most = _fit_lengths(settled, targets, seconds, predict, chosen)
         settled = _fit_rate(settled, targets, seconds, SHARE * most, chosen)
-        if "rate" in chosen:
-            chosen["rate"] = f"{SHARE:.0%} of the {most:.3g} a second predicted when all are there"
     fitted = Fitted()
     source = build_source(settled)
     arrivals = tuple(islice(source.arrive(targets, fitted), MOST_REQUESTS))
     if not arrivals:
         raise InvalidParameter("requests", "the load has none")
-    notes = [(name, value, chosen.get(name, reason)) for name, value, reason in source.notes]
-    return Load(arrivals, fitted, tuple(Choice(*note) for note in notes))
+    choices = [Choice(name, value, chosen.get(name, why)) for name, value, why in source.notes]
+    if "rate" in chosen:
+        # A part of a trace may be slower or faster than the whole, whose mean the source names.
+        rate = Choice("rate", f"{SHARE * most:.3g} requests/s", chosen["rate"])
+        choices = [rate if each.name == "rate" else each for each in choices]
+    return Load(arrivals, fitted, tuple(choices))
 
 
 def _fit_lengths(
@@ -106,6 +109,7 @@ def _fit_rate(
 ) -> SourceChoice:
     """How fast requests come, and how many, where that was not asked for."""
     for_time = f"what comes in {seconds:g} s"
+    for_share = f"{SHARE:.0%} of the {rate / SHARE:.3g} a second predicted when all are there"
     if choice.rate is not None:
         chosen["requests"] = for_time
         return replace(choice, requests=f"{seconds:g}s")
@@ -113,7 +117,7 @@ def _fit_rate(
         if choice.requests is None:
             chosen["requests"] = for_time
             choice = replace(choice, requests=f"{seconds:g}s")
-        chosen["rate"] = ""
+        chosen["rate"] = for_share
         return replace(choice, rate=f"{rate:.4g}")
     if choice.requests is None:
         chosen["requests"] = for_time
@@ -122,7 +126,7 @@ def _fit_rate(
     times_ns = [one.time_ns for one in build_source(choice).arrive(targets, Fitted())]
     if len(times_ns) > 1 and times_ns[-1] > times_ns[0]:
         own_rate = (len(times_ns) - 1) * 1e9 / (times_ns[-1] - times_ns[0])
-        chosen["rate"] = ""
+        chosen["rate"] = for_share
         choice = replace(choice, rate=f"{rate / own_rate:.4g}x")
     return choice
 

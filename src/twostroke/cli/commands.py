@@ -16,18 +16,21 @@ from typing import Any
 
 from twostroke.cli.insight_options import AblateOptions, AdviseOptions, ExplainOptions
 from twostroke.cli.options import (
-    BenchOptions,
     GenerateOptions,
     KeyOptions,
-    LoadOptions,
     MachineOptions,
     ModelOption,
-    PlanOptions,
     ProfileOptions,
-    RooflineOptions,
     SamplingOptions,
     SchedulingOptions,
     ServeOptions,
+)
+from twostroke.cli.question_options import (
+    BatchOptions,
+    BenchOptions,
+    LoadOptions,
+    PlanOptions,
+    RooflineOptions,
     SimulatedMachineOptions,
     SimulationOutput,
 )
@@ -144,6 +147,13 @@ def explain(options: ExplainOptions, on: MachineOptions) -> None:
     run_explain(options, on)
 
 
+def batch(files: BatchOptions, on: MachineOptions) -> None:
+    """Answer a file of requests, each line once; begun again, it goes on."""
+    from twostroke.cli.batch import run_batch_file
+
+    run_batch_file(files, on)
+
+
 def ablate(options: AblateOptions) -> None:
     """Measure what each technique buys on this machine: the same load with it and without."""
     from twostroke.cli.ablate import run_ablate
@@ -159,6 +169,7 @@ def advise(options: AdviseOptions) -> None:
 
 
 COMMANDS = {
+    "batch": Command(batch, (BatchOptions, MachineOptions)),
     "pull": Command(pull, (ModelOption,)),
     "models": Command(models, ()),
     "generate": Command(generate, (ModelOption, GenerateOptions, SamplingOptions, MachineOptions)),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from twostroke.cli.options import RooflineOptions
+from twostroke.cli.question_options import RooflineOptions
 from twostroke.cli.settings import format_bytes
 from twostroke.cli.simulated import ENGINES, KV_ELEMENTS, check_name, find_device, find_model
 from twostroke.errors import InvalidParameter

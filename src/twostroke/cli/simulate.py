@@ -16,12 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twostroke.cli.fault_options import FaultChoice, parse_faults
-from twostroke.cli.options import (
-    LoadOptions,
-    SchedulingOptions,
-    SimulatedMachineOptions,
-    SimulationOutput,
-)
+from twostroke.cli.options import SchedulingOptions
+from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
 from twostroke.cli.settings import Choice
 from twostroke.cli.simulated import (
     Hardware,
