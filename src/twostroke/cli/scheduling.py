@@ -18,6 +18,7 @@ from twostroke.core.types import SchedulerConfig
 from twostroke.errors import InvalidParameter
 from twostroke.policies.names import ORDERS, PACES, PolicyChoice, build_policies
 from twostroke.policies.target import get_least_itl_ns
+from twostroke.policies.watermark import choose_watermark
 from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
 
@@ -115,6 +116,7 @@ def _build_config(settings: ResolvedSettings, spec: ModelSpec) -> SchedulerConfi
         context_tokens=spec.context_tokens,
         vocab_size=spec.vocab_size,
         host_blocks=settings.host_blocks,
+        watermark_blocks=choose_watermark(settings.num_blocks, settings.max_rows),
         cache_seed=name_model(spec, settings),
         plans_ahead=settings.is_on_gpu,
     )
@@ -148,6 +150,9 @@ def _explain(
         Choice("pace", choice.pace, pace_reason),
         Choice("prefix cache", "on", "tokens do not change, and it takes blocks that are free"),
     ]
+    if config.watermark_blocks and config.max_rows > 1:
+        free = f"{config.watermark_blocks:,} blocks"
+        choices.append(Choice("watermark", free, "left free by newcomers: fewer preemptions"))
     if choice.drafts:
         choices.append(Choice("drafts", "by prompt lookup", "as asked"))
     if config.host_blocks:
