@@ -60,9 +60,10 @@ class BuiltEngine:
     model: OpenModel
 
 
-def build_engine(wanted: EngineSettings) -> BuiltEngine:
+def build_engine(wanted: EngineSettings, isolated: bool = False) -> BuiltEngine:
     """Find and open the model, settle the settings, and make every part.
 
+    isolated: run the CPU's executor in a process of its own, which is replaced when it dies.
     Raises UnknownModel, UnsupportedModel, CorruptModel, InvalidParameter, DeviceError; nothing is
     left open then.
     """
@@ -72,12 +73,12 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
         settings = resolve_settings(wanted, spec, read_machine())
         # Mapping or packing the weights leaves Python to the tokenizer.
         beside = ThreadPoolExecutor(1, "twostroke-build")
-        building = beside.submit(_build, model, settings)
+        building = beside.submit(_build, model, settings, isolated)
         beside.shutdown(wait=False)
         undo.callback(_close_when_built, building)
         tokenizer = build_tokenizer(model.vocabulary)
         template = find_chat_template(model, tokenizer) if wanted.has_chat else None
-        executor, settings = building.result()
+        executor, settings, policy = building.result()
         scheduling = build_scheduling(wanted, settings, spec)
         settings = replace(settings, choices=(*settings.choices, *scheduling.choices))
         parts = EngineParts(
@@ -88,17 +89,19 @@ def build_engine(wanted: EngineSettings) -> BuiltEngine:
             executor=executor,
             clock=MonotonicClock(),
             model_name=get_model_name(wanted.model),
-            policy=GPU_POLICY if settings.is_on_gpu else LoopPolicy(),
+            policy=policy,
             ttft_ns=scheduling.ttft_ns,
         )
         undo.pop_all()
     return BuiltEngine(parts, settings, model)
 
 
-def _build(model: OpenModel, settings: ResolvedSettings) -> tuple[Executor, ResolvedSettings]:
-    """The executor, and the settings with the KV pool that it has."""
+def _build(
+    model: OpenModel, settings: ResolvedSettings, isolated: bool
+) -> tuple[Executor, ResolvedSettings, LoopPolicy]:
+    """The executor, the settings with the KV pool that it has, and how a loop treats it."""
     if settings.is_on_gpu:
-        return _build_on_gpu(model, settings)
+        return (*_build_on_gpu(model, settings), GPU_POLICY)
     sizes = RunnerSizes(
         threads=settings.threads,
         num_blocks=settings.num_blocks,
@@ -108,7 +111,12 @@ def _build(model: OpenModel, settings: ResolvedSettings) -> tuple[Executor, Reso
         host_blocks=settings.host_blocks,
     )
     packed = get_cache_dir() / "packed"
-    return build_executor(model, settings.backend, sizes, packed), settings
+    if isolated and settings.backend == "cpu":
+        from twostroke.cli.isolation import isolate_executor
+
+        built = isolate_executor(model, sizes, packed)
+        return built.executor, settings, built.policy
+    return build_executor(model, settings.backend, sizes, packed), settings, LoopPolicy()
 
 
 def _build_on_gpu(
@@ -129,9 +137,11 @@ def _build_on_gpu(
     return opened.executor, settle_pool(settings, model.spec, plan.num_blocks, plan.reason)
 
 
-def _close_when_built(building: Future[tuple[Executor, ResolvedSettings]]) -> None:
+def _close_when_built(building: Future[tuple[Executor, ResolvedSettings, LoopPolicy]]) -> None:
     if building.exception() is None:
-        building.result()[0].close()
+        executor, _, policy = building.result()
+        executor.close()
+        policy.on_closed()
 
 
 def find_chat_template(model: OpenModel, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -43,7 +43,8 @@ def run_serve(
             itl_target_ms=scheduling.itl_target_ms,
             drafts=serving.drafts,
             host_memory=serving.host_memory,
-        )
+        ),
+        isolated=True,
     )
     # Before anybody waits: later it would hold up everything that is being streamed.
     built.parts.tokenizer.prepare()

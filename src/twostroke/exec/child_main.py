@@ -54,8 +54,6 @@ def serve(end: WaitingEnd[Message]) -> int:
         memory = MappedMemory(descriptor, MemorySizes(*sizes))
         os.close(descriptor)
         executor = _find_factory(begin.factory)(begin.job, memory)
-        if begin.populates:
-            memory.populate()
         end.send(encode(Ready(astuple(executor.describe()))))
         _run(end, executor, memory)
     except PeerGone:

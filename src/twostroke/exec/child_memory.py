@@ -26,8 +26,7 @@ Bytes = NDArray[np.uint8]
 
 _FOLDER = "/dev/shm"
 _MARK = struct.Struct("<Q")
-_CHUNK = 32 << 20  # reserved or mapped in one go, so that nobody waits long for it to end
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python 3.11 does not name
+_CHUNK = 32 << 20  # reserved in one go, so that closing need not wait for all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +104,3 @@ class MappedMemory:
         """The step noted last; -1 for none."""
         step: int = _MARK.unpack_from(self._map, 0)[0] - 1
         return step
-
-    def populate(self) -> None:
-        """Have all pages mapped before they are written to first, which then takes no time."""
-        for start in range(0, len(self._map), _CHUNK):
-            try:
-                self._map.madvise(_POPULATE_WRITE, start, min(_CHUNK, len(self._map) - start))
-            except OSError:
-                return  # an older system: pages are mapped when they are touched

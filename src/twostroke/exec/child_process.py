@@ -44,17 +44,15 @@ class ChildSetup:
 class ChildProcess:
     """A child that has been, or is about to be, started on a thread of `threads`.
 
-    It can be sent plans at once: they wait in the socket. is_spare: it has time to get ready.
+    It can be sent plans at once: they wait in the socket.
     """
 
-    def __init__(
-        self, setup: ChildSetup, memory: SharedMemory, threads: Threads, is_spare: bool
-    ) -> None:
+    def __init__(self, setup: ChildSetup, memory: SharedMemory, threads: Threads) -> None:
         own, theirs = make_pair()
         self.end: EagerEnd[Message] = EagerEnd(own, decode)
         sizes = memory.sizes
         places = (memory.descriptor, sizes.kv_bytes, sizes.host_bytes)
-        self.end.send(encode(Begin(setup.factory, setup.job, places, is_spare)))
+        self.end.send(encode(Begin(setup.factory, setup.job, places)))
         self._started: Future[subprocess.Popen[bytes]] = threads.submit(
             _start, theirs, memory.descriptor
         )

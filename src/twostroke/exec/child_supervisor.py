@@ -53,7 +53,7 @@ class ChildSupervisor:
 
         Raises DeviceError, or the ModelError that the child met; no process is left then.
         """
-        executor = self._make_executor(self._start_child(is_spare=False))
+        executor = self._make_executor(self._start_child())
         self._threads.submit(self._reserve)
         while not executor.is_ready and executor.lost is None:
             waited_for = executor.poll_for
@@ -84,7 +84,7 @@ class ChildSupervisor:
         self.num_replaced += 1
         _log.warning("the executor is being replaced: %s", lost)
         spare, self._spare = self._spare, None
-        return self._make_executor(spare or self._start_child(is_spare=False))
+        return self._make_executor(spare or self._start_child())
 
     def close(self) -> None:
         """Ends every child and lets go of the memory; again does nothing."""
@@ -102,17 +102,17 @@ class ChildSupervisor:
         self._current = ChildExecutor(child, self._memory, self._get_deadline_ns, self._note_answer)
         return self._current
 
-    def _start_child(self, is_spare: bool) -> ChildProcess:
+    def _start_child(self) -> ChildProcess:
         late = self._in_a_row - FREE_IN_A_ROW
         if late > 0:
             delay_s = min(_FIRST_DELAY_S * 2 ** (late - 1), _MOST_DELAY_S)
             self._threads.submit(self._closing.wait, delay_s)  # in front of what starts it
-        return ChildProcess(self._setup, self._memory, self._threads, is_spare)
+        return ChildProcess(self._setup, self._memory, self._threads)
 
     def _note_answer(self) -> None:
         self._in_a_row = 0
         if self._spare is None and not self._closing.is_set():
-            self._spare = self._start_child(is_spare=True)
+            self._spare = self._start_child()
 
     def _reserve(self) -> None:
         begin_s = time.monotonic()

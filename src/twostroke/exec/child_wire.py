@@ -21,14 +21,12 @@ class Begin:
     """The first message to a child: make your executor.
 
     factory: "module:function"; it is called with `job` and the mapped memory. memory: descriptor
-    in the child, bytes of the KV pool and bytes of the host blocks. populates: whether to map all
-    of it before being ready, as one does that has time.
+    in the child, bytes of the KV pool and bytes of the host blocks.
     """
 
     factory: str
     job: tuple[Any, ...]
     memory: tuple[int, int, int]
-    populates: bool = False
     fingerprint: int = FINGERPRINT
 
 
