@@ -50,6 +50,28 @@ def test_a_step_takes_no_more_than_its_decodes_can_wait_for() -> None:
     assert room.get_tokens(0, 85) == 80
 
 
+def test_what_passes_between_steps_is_taken_off_the_target() -> None:
+    pace = make_pace(itl_ns=10_320)
+    plan, now = make_plan(0, [(5, 1), (0, 32)]), 0
+    load = make_load(decodes=range(10))
+    for between_ns in (1_032, 1_032, 99_000, 1_032):
+        pace.open_step(load, now)
+        lasted_ns = pace.cost.predict_ns(pace._sum_rows(plan.rows))
+        pace.note_step(plan, make_outcome(plan, lasted_ns))
+        now += lasted_ns + between_ns
+    # 9288 ns are left: less the margin of 1/32, 9006 allow 80 tokens, of which ten decode.
+    assert pace.open_step(load, now).get_tokens(0, 9_999) == 64
+
+
+def test_idle_time_is_not_taken_off_the_target() -> None:
+    pace = make_pace(itl_ns=10_320)
+    plan = make_plan(0, [(5, 1), (0, 32)])
+    for now in range(0, 10**9, 10**8):
+        pace.open_step(make_load(prefills=[0]), now)
+        pace.note_step(plan, make_outcome(plan, pace.cost.predict_ns(pace._sum_rows(plan.rows))))
+    assert pace.open_step(make_load(decodes=range(10)), now).get_tokens(0, 9_999) == 80
+
+
 def test_what_was_placed_counts() -> None:
     room = make_pace(itl_ns=10_320).open_step(make_load(decodes=range(10)), 0)
     room.get_tokens(0, 40)

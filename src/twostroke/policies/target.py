@@ -10,6 +10,7 @@ are the same on every machine that is given the same outcomes.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
@@ -39,9 +40,10 @@ class TargetPace:
 
     A prediction is corrected by the median of measured to predicted time over the last steps that
     had decodes and a prompt; until there are three, over other steps. On top comes a margin of four
-    median absolute deviations, 2.7 standard deviations of a normal error, and at least 1/32. Up to
-    half of the measurements may be wild without moving either. Raises InvalidParameter when the
-    target is below the time of one decode alone.
+    median absolute deviations, 2.7 standard deviations of a normal error, and at least 1/32. What
+    passes between steps, while sequences run, is taken off the target: its median over the last
+    steps. Up to half of the measurements may be wild without moving any of these. Raises
+    InvalidParameter when the target is below the time of one decode alone.
     """
 
     def __init__(self, cost: StepCost, step_tokens: int, itl_ns: int = 0) -> None:
@@ -61,11 +63,16 @@ class TargetPace:
         self._mixed = Correction()
         self._other = Correction()
         self._noted = 0  # steps
+        self._around_ns: deque[int] = deque(maxlen=_WINDOW)  # from one step's end to the next begin
+        self._begun_ns = self._lasted_ns = 0  # of the step noted last, when it was opened
         # (pairs, keys) of a decode by block of its position; at most one entry a block of context.
         self._decodes: dict[int, tuple[int, int]] = {}
 
     def open_step(self, load: Load, now: int) -> Room:
         """Room that is measured when a prompt first asks for it."""
+        if self._lasted_ns and load.decodes:  # who runs has waited for nothing but the engine
+            self._around_ns.append(max(0, now - self._begun_ns - self._lasted_ns))
+        self._begun_ns, self._lasted_ns = now, 0
         return TargetRoom(self, load)
 
     def note_step(self, plan: StepPlan, outcome: StepOutcome) -> None:
@@ -75,6 +82,7 @@ class TargetPace:
         seen, and few of those of decodes alone are looked at. A plan of several iterations counts
         as so many steps. Moving KV to or from the host is not predicted here.
         """
+        self._lasted_ns = outcome.duration_ns
         rows, iteration_ns = plan.rows, outcome.iteration_ns or (outcome.duration_ns,)
         first, self._noted = self._noted, self._noted + len(iteration_ns)
         has_prompt = _is_prompt(rows[-1])
@@ -95,7 +103,9 @@ class TargetPace:
     def get_limit_ns(self, itl_ns: int) -> int:
         """The longest predicted time that is believed to keep a measured one within itl_ns."""
         correction = self._mixed if self._mixed.is_trusted else self._other
-        return itl_ns * ONE // correction.upper
+        known = sorted(self._around_ns)
+        around_ns = known[len(known) // 2] if len(known) >= _TRUSTED else 0
+        return max(1, itl_ns - around_ns) * ONE // correction.upper
 
     def sum_decodes(self, positions: Many[int]) -> StepTotals:
         """Totals of a decode at each of the positions, rounded up to the end of their blocks.
