@@ -87,6 +87,7 @@ def test_prefix_ids_are_read(tmp_path: Path) -> None:
         ("2023-11-16 18:15:46.68,-374,44", "ContextTokens from 1"),
         ("2023-11-16 18:15:46.68,374,0", "GeneratedTokens from 1"),
         ("2023-11-16 18:15:46.68,99999999,4", "ContextTokens from 1 to 10,000,000"),
+        ("2023-11-16 18:15:46.68,99999999999999999999,4", "ContextTokens from 1 to 10,000,000"),
         ("2023-11-16 25:15:46.68,374,44", "TIMESTAMP such as"),
         ("2023-13-16 18:15:46.68,374,44", "day of the calendar"),
         ("nan,374,44", "TIMESTAMP such as"),
@@ -107,6 +108,8 @@ def test_a_bad_csv_line_is_named(tmp_path: Path, line: str | bytes, expected: st
     ("line", "expected"),
     [
         (OBJECT[:40], "one JSON object on the line"),
+        (OBJECT[:-1] + ', "timestamp": 9}', "each key once; 'timestamp' comes twice"),
+        ('{"timestamp": 5, "input_len', "Unterminated string starting at character 18"),
         (OBJECT.replace("600", "NaN"), "input_length as a whole number, not nan"),
         (OBJECT.replace("600", "true"), "input_length as a whole number, not True"),
         (OBJECT.replace("600", "-600"), "input_length from 1"),

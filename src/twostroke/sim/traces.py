@@ -32,7 +32,7 @@ _TIME = re.compile(
     r"(\d{4}-\d\d-\d\d) ([01]\d|2[0-3]):([0-5]\d):([0-5]\d)(?:\.(\d{1,9}))?(?:\+00:00)?",
     re.ASCII,
 )
-_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_WHOLE = re.compile(r"-?[0-9]{1,50}")
 
 
 class Drawn(NamedTuple):
@@ -212,7 +212,7 @@ class _AzureParser:
 def _parse_mooncake(line: str) -> Drawn:
     """An object with MOONCAKE_KEYS; without hash_ids nothing is known to be shared."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_build_object)
     except (ValueError, RecursionError) as error:
         raise _Refused(f"expected one JSON object on the line: {_explain(error)}") from None
     if not isinstance(fields, dict):
@@ -230,9 +230,19 @@ def _parse_mooncake(line: str) -> Drawn:
     return Drawn(time_ms * 10**6, prompt, new, prefix, PREFIX_BLOCK_TOKENS if prefix else 0)
 
 
+def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose keys are given once each; which of two was meant, nobody knows."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Refused(f"expected each key once; {_show(twice)} comes twice")
+    return fields
+
+
 def _explain(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
     return str(error)
 
 

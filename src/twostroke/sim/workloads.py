@@ -166,8 +166,11 @@ def check_rate(rate: float, requests: int | None) -> None:
             "rate", f"must be above 0 and at most {MAX_RATE:,.0f} requests a second, not {rate:g}"
         )
     if (requests or 1) / rate > _MAX_SECONDS:
+        least = (requests or 1) / _MAX_SECONDS
         raise InvalidParameter(
-            "rate", f"{rate:g} a second would take {(requests or 1) / rate / 86_400:,.0f} days"
+            "rate",
+            f"{rate:g} a second would take over {_MAX_SECONDS / 86_400:,.0f} days; "
+            f"the least is {least:.3g}",
         )
 
 
