@@ -365,7 +365,10 @@ class EngineLoop:
 
     def _start_steps(self) -> None:
         while self._closed is None and len(self._in_flight) < self._policy.max_in_flight:
-            if self._in_flight and self._in_flight[0].split is not None:
+            # Parts of a step planned ahead could not find what the step before drew: while somebody
+            # is suspected, and steps may be cut into parts, none is planned ahead.
+            is_cut = self._losses and self._scheduler.config.plans_ahead
+            if self._in_flight and (is_cut or self._in_flight[0].split is not None):
                 return
             now_ns = self._clock.now_ns()
             plan = self._scheduler.plan(now_ns, self._policy.max_iterations)
