@@ -48,7 +48,7 @@ def test_24_gb_with_14_gb_of_weights_hold_28_requests_of_356_mb_and_21_under_a_c
 
 
 def test_littles_law_holds_in_the_steady_state() -> None:
-    load = find_load(ENGINE, DEMAND, 3.0)
+    load = find_load(ENGINE, DEMAND, 3.0, find_capacity(ENGINE, DEMAND).load)
     assert load.rate == pytest.approx(3.0, rel=0.02)
     assert load.rows == pytest.approx(load.rate * DEMAND.new_tokens * load.tpot_s)
 

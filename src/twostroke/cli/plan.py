@@ -313,8 +313,7 @@ def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[floa
 
     if len(names) > 1:
         raise InvalidParameter("device", f"{THIS!r} is planned for alone: there is one of it")
-    wanted = {} if options.max_rows is None else {"max_rows": options.max_rows}
-    spec, settings, cost, source_name = open_this(options.model, options.kv, **wanted)
+    spec, settings, cost, source_name = open_this(options.model, options.kv, options.max_rows)
     pool_tokens = settings.num_blocks * settings.block_tokens
     engine = Engine(cost, pool_tokens, settings.max_rows, settings.step_tokens)
     kind = settings.kv_element.value

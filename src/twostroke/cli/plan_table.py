@@ -125,7 +125,7 @@ def _explain(best: Candidate, demand: Demand) -> Iterator[str]:
         chunk = get_chunk_tokens(engine, demand, rows)
         mixed_ms = get_step_s(engine, demand, rows, chunk) * 1e3
         yield f"the same with a chunk of {chunk:,} prompt tokens = {mixed_ms:,.4g} ms"
-        yield f"share of steps that have one = {load.busy:.1%}"
+        yield f"share of steps that have one = prompts in a step's time = {load.mixed:.1%}"
     yield f"TPOT = mean step = {load.tpot_s * 1e3:,.4g} ms"
     yield (
         f"rows = rate × new tokens × TPOT (Little) = {load.rate:,.4g}/s × {demand.new_tokens:,} × "

@@ -24,16 +24,16 @@ from twostroke.weights.load import open_model
 
 
 def open_this(
-    model: str | None, kv: str | None, **wanted: int
+    model: str | None, kv: str | None, max_rows: int | None = None
 ) -> tuple[ModelSpec, ResolvedSettings, StepCost, str]:
     """A model on this machine: its description, settings, cost, and where that comes from.
 
-    wanted: settings of EngineSettings, such as max_rows. Raises TwostrokeError.
+    max_rows: None as `serve` chooses. Raises TwostrokeError.
     """
     if model is None:
         raise InvalidParameter("model", "give one with --model; `twostroke models` lists them")
     machine = get_machine_settings(keep_on_cpu(MachineOptions(kv=kv)))
-    settings = EngineSettings(model=model, **machine, **wanted)
+    settings = EngineSettings(model=model, max_rows=max_rows, **machine)
     with open_model(resolve(model)) as opened:
         spec = opened.spec
     resolved = resolve_settings(settings, spec, read_machine())

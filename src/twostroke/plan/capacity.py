@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.spec.cost import StepCost
 from twostroke.spec.work import StepTotals, add_totals
@@ -61,14 +61,14 @@ class Engine:
 class Load:
     """An engine in its steady state. breaks: the first limit that is not kept; "" when all are.
 
-    rate: requests a second; rows: decoding at once; busy: share of steps that take a chunk of a
-    prompt. tpot_s: mean; ttft_s: 90th percentile; step_s: of a step without a chunk.
+    rate: requests a second; rows: decoding at once; busy: share of the room for prompts that they
+    take; mixed: of steps, those with a chunk of a prompt. tpot_s: mean; ttft_s: 90th percentile.
     """
 
     rate: float
     rows: float
     busy: float
-    step_s: float
+    mixed: float
     tpot_s: float
     ttft_s: float
     breaks: str
@@ -95,8 +95,9 @@ def get_prefill_s(engine: Engine, demand: Demand, rows: float = 0.0) -> float:
 
 
 def get_chunk_tokens(engine: Engine, demand: Demand, rows: float) -> int:
-    """Tokens of a prompt that fit into a step beside `rows` decodes."""
-    return max(1, min(demand.prompt_tokens, engine.step_tokens - round(rows)))
+    """Tokens of a prompt in each of the steps it takes beside `rows` decodes, in equal parts."""
+    room = max(1, min(demand.prompt_tokens, engine.step_tokens - round(rows)))
+    return math.ceil(demand.prompt_tokens / math.ceil(demand.prompt_tokens / room))
 
 
 def get_step_s(engine: Engine, demand: Demand, rows: float, chunk: int, prompts: int = 1) -> float:
@@ -119,29 +120,27 @@ def get_load(engine: Engine, demand: Demand, rows: float) -> Load:
     """The steady state of one pool, prompts and decodes together, in which `rows` decode."""
     chunk = get_chunk_tokens(engine, demand, rows)
     steps = math.ceil(demand.prompt_tokens / chunk)  # with a chunk, for each request
-    # Of the steps that draw N tokens for each of `rows` requests, rows / N · steps have a chunk, or
-    # fewer where whole prompts share one because several come in a step's time.
+    # In a step's time rows / N prompts come. Whole prompts share a step where there is room.
     coming, room = rows / demand.new_tokens, max(1, (engine.step_tokens - round(rows)) // chunk)
-    together = max(1, min(round(coming), room)) if steps == 1 else 1
-    busy = coming * steps / together
+    room = room if steps == 1 else 1
+    busy, mixed = coming * steps / room, min(1.0, coming * steps)
+    together = min(room, max(1, round(coming)))
     plain_s = get_step_s(engine, demand, rows, 0)
     mixed_s = get_step_s(engine, demand, rows, chunk, together)
-    tpot_s = plain_s + min(busy, 1.0) * (mixed_s - plain_s)
-    if busy > 1:  # decodes wait for prompts: each step has a chunk, and more steps are needed
-        tpot_s = busy * mixed_s
-    rate = rows / (demand.new_tokens * tpot_s)
+    tpot_s = plain_s + mixed * (mixed_s - plain_s)
     prefill_s = steps * mixed_s
     ttft_s = prefill_s + tpot_s / 2 + get_wait_s(busy, prefill_s)
-    load = Load(rate, rows, busy, plain_s, tpot_s, ttft_s, "")
-    return Load(rate, rows, busy, plain_s, tpot_s, ttft_s, _find_broken(engine, demand, load))
+    rate = rows / (demand.new_tokens * tpot_s)
+    load = Load(rate, rows, busy, mixed, tpot_s, ttft_s, "")
+    return replace(load, breaks=_find_broken(engine, demand, load))
 
 
 def get_decode_load(engine: Engine, demand: Demand, rows: float) -> Load:
     """The steady state of a decode pool's engine, which computes no prompts."""
     step_s = get_step_s(engine, demand, rows, 0)
     rate = rows / (demand.new_tokens * step_s)
-    load = Load(rate, rows, 0.0, step_s, step_s, 0.0, "")
-    return Load(rate, rows, 0.0, step_s, step_s, 0.0, _find_broken(engine, demand, load))
+    load = Load(rate, rows, 0.0, 0.0, step_s, 0.0, "")
+    return replace(load, breaks=_find_broken(engine, demand, load))
 
 
 def get_prefill_load(engine: Engine, demand: Demand, rate: float) -> Load:
@@ -149,8 +148,8 @@ def get_prefill_load(engine: Engine, demand: Demand, rate: float) -> Load:
     prefill_s = get_prefill_s(engine, demand)
     busy = rate * prefill_s
     ttft_s = prefill_s + get_wait_s(busy, prefill_s)
-    load = Load(rate, 0.0, busy, prefill_s, 0.0, ttft_s, "")
-    return Load(rate, 0.0, busy, prefill_s, 0.0, ttft_s, _find_broken(engine, demand, load))
+    load = Load(rate, 0.0, busy, 1.0, 0.0, ttft_s, "")
+    return replace(load, breaks=_find_broken(engine, demand, load))
 
 
 def get_wait_s(busy: float, service_s: float) -> float:
@@ -205,10 +204,12 @@ def find_prefill_capacity(engine: Engine, demand: Demand) -> Capacity:
     return Capacity(load, get_prefill_load(engine, demand, 1.01 * rate + 1e-9).breaks or PROMPTS)
 
 
-def find_load(engine: Engine, demand: Demand, rate: float, is_decode_only: bool = False) -> Load:
-    """The steady state at `rate` requests a second, which one engine can take."""
+def find_load(
+    engine: Engine, demand: Demand, rate: float, most: Load, is_decode_only: bool = False
+) -> Load:
+    """The steady state at `rate` requests a second, at most that of `most`."""
     get = get_decode_load if is_decode_only else get_load
-    low, high = 0.0, float(engine.max_rows)
+    low, high = 0.0, most.rows
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if get(engine, demand, middle).rate < rate else (low, middle)

@@ -174,7 +174,7 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _build_one(option: Option, demand: Demand, capacity: Capacity) -> Candidate:
     replicas = math.ceil(demand.rate / capacity.load.rate)
-    load = find_load(option.engine, demand, demand.rate / replicas)
+    load = find_load(option.engine, demand, demand.rate / replicas, capacity.load)
     pool = Pool("all", option, replicas, capacity, load)
     growth = capacity.load.rate * replicas / demand.rate
     return Candidate((pool,), None, load.ttft_s, load.tpot_s, growth, capacity.breaks)
@@ -217,7 +217,8 @@ def _build_decode(option: Option, demand: Demand) -> Pool | None:
     if capacity.load.breaks:
         return None
     replicas = math.ceil(demand.rate / capacity.load.rate)
-    load = find_load(option.engine, demand, demand.rate / replicas, is_decode_only=True)
+    rate = demand.rate / replicas
+    load = find_load(option.engine, demand, rate, capacity.load, is_decode_only=True)
     return Pool("decode", option, replicas, capacity, load)
 
 
