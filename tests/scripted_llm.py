@@ -28,6 +28,7 @@ from twostroke.errors import (
     TemplateError,
 )
 from twostroke.spec.work import get_model_work
+from twostroke.text.tool_calls import HERMES
 
 MODEL = "scripted"
 VOCAB_SIZE = 256
@@ -202,6 +203,8 @@ class ScriptedLLM:
                 if place == len(data) - 1:
                     delta = replace(delta, ending=self.ending or Finished(natural))
                 yield delta
+
+    tool_form = HERMES
 
     def render_chat(
         self,

@@ -146,9 +146,26 @@ CHATS = [
     chat("logprobs a number", "logprobs", logprobs=1),
     chat("top logprobs alone", "top_logprobs", top_logprobs=1),
     chat("top logprobs too many", "top_logprobs", logprobs=True, top_logprobs=21),
-    chat("a JSON object", "response_format.type", response_format={"type": "json_object"}),
-    chat("a JSON schema", "response_format.type", response_format={"type": "json_schema"}),
+    chat("an unknown format", "response_format.type", response_format={"type": "xml"}),
+    chat("no JSON schema", "response_format.json_schema", response_format={"type": "json_schema"}),
+    chat("two formats", "structured_outputs", response_format={"type": "json_object"},
+         structured_outputs={"regex": "a"}),
+    chat("no structure", "structured_outputs", structured_outputs={}),
+    chat("two structures", "structured_outputs", structured_outputs={"regex": "a", "json": {}}),
+    chat("an unknown structure", "structured_outputs", structured_outputs={"xml": "a"}),
+    chat("a long regex", "structured_outputs", structured_outputs={"regex": "a" * 20_000}),
+    chat("a long schema", "response_format", response_format={"type": "json_schema",
+         "json_schema": {"name": "a", "schema": {"const": "a" * 300_000}}}),
+    chat("no end token beside a structure", "ignore_eos", ignore_eos=True,
+         structured_outputs={"regex": "a"}),
     chat("tools", "tools", tools=[{"type": "function"}]),
+    chat("a tool's odd name", "tools.0.function.name", tools=[
+        {"type": "function", "function": {"name": "a b"}}
+    ]),
+    chat("a tool that is not there", "tool_choice", tool_choice={
+        "type": "function", "function": {"name": "a"}
+    }),
+    chat("an odd choice", "tool_choice", tool_choice="some"),
     chat("a required tool", "tool_choice", tool_choice="required"),
     chat("a field of the other API", "prompt", prompt="a"),
     chat("functions", "functions", functions=[]),

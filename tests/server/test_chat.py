@@ -147,18 +147,6 @@ def test_a_tool_call_that_the_template_leaves_out_is_refused(
         client.chat.completions.create(model=model, messages=messages)
 
 
-def test_text_is_the_one_response_format(client: openai.OpenAI, model: str) -> None:
-    reply = client.chat.completions.create(
-        model=model, messages=HELLO, response_format={"type": "text"}
-    )
-    assert reply.choices[0].message.content == REPLY
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(
-            model=model, messages=HELLO, response_format={"type": "json_object"}
-        )
-    assert caught.value.param == "response_format.type"
-
-
 def test_every_reply_has_its_own_id(client: openai.OpenAI, model: str) -> None:
     ids = {client.chat.completions.create(model=model, messages=HELLO).id for _ in range(5)}
     assert len(ids) == 5

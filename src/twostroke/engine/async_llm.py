@@ -34,6 +34,7 @@ from twostroke.engine.service import (
 )
 from twostroke.spec.model import ModelSpec
 from twostroke.text.tokenizer import Tokenizer
+from twostroke.text.tool_calls import HERMES, ToolForm
 
 # A request with more than this many characters or ids, of its prompt and of the stop strings of all
 # its continuations, is prepared off the event loop.
@@ -235,6 +236,12 @@ class AsyncLLM:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._service.parts.tokenizer
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """How this model writes calls of tools."""
+        template = self._service.parts.chat_template
+        return HERMES if template is None else template.tool_form
 
     async def submit(
         self,

@@ -25,7 +25,12 @@ from twostroke.engine.account_report import build_report
 from twostroke.engine.service import Sender
 from twostroke.errors import EngineClosed, InvalidParameter
 from twostroke.server.body import read_json_object
-from twostroke.server.chat import ChatWriter, build_chat_reply, build_chat_submission
+from twostroke.server.chat import (
+    ChatWriter,
+    build_chat_reply,
+    build_chat_submission,
+    find_call_form,
+)
 from twostroke.server.completions import (
     CompletionChoices,
     CompletionWriter,
@@ -157,14 +162,15 @@ class _Api:
         )
         generation = await self._submit(request, body, submission)
         get_bytes = self._served.engine.tokenizer.get_token_bytes
+        form = find_call_form(self._served, parsed)
         if parsed.common.stream:
-            writer = ChatWriter(head, get_bytes, parsed.common.include_usage)
+            writer = ChatWriter(head, get_bytes, parsed.common.include_usage, form)
             get_last = partial(build_last_fields, parsed.common, generation)
             record = self._streams.record(CHAT, head, body, generation)
             return EventStream(generation, writer, get_last, record)
         with self._streams.note_reply(head):
             outputs = await run_while_connected(request.receive, generation.collect())
-        reply = build_chat_reply(head, generation, outputs, get_bytes)
+        reply = build_chat_reply(head, generation, outputs, get_bytes, form)
         if parsed.common.timings:
             reply["timings"] = build_timings(generation)
         return _reply(reply)

@@ -23,6 +23,7 @@ from twostroke.server.generation import (
 from twostroke.server.logprobs import CompletionLogprobs, ScoredToken
 from twostroke.server.schemas import CompletionRequest, Prompt
 from twostroke.server.settings import Served
+from twostroke.server.structured import read_output_form
 
 
 def build_completion_submission(request: CompletionRequest, request_id: str) -> Submission:
@@ -34,10 +35,17 @@ def build_completion_submission(request: CompletionRequest, request_id: str) -> 
         extra["prompt_logprobs"] = own.logprobs
     if prompt_only:
         extra["max_tokens"] = 1
-    params = build_params(common, extra, {})
+    form = read_output_form(common)
+    extra["structured_outputs"] = form.structured
+    params = build_params(common, extra, form.public_names)
     prompts = _split_prompts(own.prompt)
     return Submission(
-        request_id, prompts, params, priority=common.priority, prompt_only=prompt_only
+        request_id,
+        prompts,
+        params,
+        priority=common.priority,
+        prompt_only=prompt_only,
+        public_names=form.public_names,
     )
 
 

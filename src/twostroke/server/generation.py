@@ -65,10 +65,13 @@ def build_params(
     try:
         return SamplingParams(**{**values, **own})
     except InvalidParameter as error:
-        public = public_names.get(error.parameter)
-        if public is None:
-            raise
-        raise InvalidParameter(public, str(error).removeprefix(f"{error.parameter}: ")) from None
+        raise rename_parameter(error, public_names) from None
+
+
+def rename_parameter(error: InvalidParameter, public_names: Mapping[str, str]) -> InvalidParameter:
+    """The same error, about the field that its sender knows."""
+    public = public_names.get(error.parameter, error.parameter)
+    return InvalidParameter(public, str(error).removeprefix(f"{error.parameter}: "))
 
 
 def _parse_token(text: str) -> int:
@@ -83,7 +86,8 @@ class Submission:
 
     prompts: texts or token ids. add_special: False for texts that bring their special tokens.
     prompt_only: report nothing of the output; max_tokens is then 1, the least an engine runs.
-    sender: whose share of the engine it takes.
+    sender: whose share of the engine it takes. public_names: what the API calls fields of
+    SamplingParams, where it calls them otherwise.
     """
 
     request_id: str
@@ -93,6 +97,7 @@ class Submission:
     add_special: bool = True
     prompt_only: bool = False
     sender: Sender = NOBODY
+    public_names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +317,8 @@ async def submit(engine: AsyncLLM, submission: Submission) -> Generation:
                 sender=submission.sender,
             )
             streams.append(stream)
+    except InvalidParameter as error:
+        raise rename_parameter(error, submission.public_names) from None
     finally:
         if len(streams) < len(submission.prompts):
             for stream in streams:

@@ -7,7 +7,7 @@ A field that would change the answer and that this server does not implement is 
 and so is a name nobody knows: most of those are misspelt, and to ignore `max_token` or
 `response_format` is to give a wrong answer in silence. Fields that clients commonly send and that
 cannot change the text (`IGNORED`) are accepted without effect. So are unimplemented fields set to
-the value that asks for nothing (`best_of` equal to `n`, an empty `tools`).
+the value that asks for nothing (`best_of` equal to `n`).
 
 Pydantic's models are inherited from because that is the library's interface; what the two APIs
 share is one model beside, not above, what differs.
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twostroke.errors import InvalidParameter
 from twostroke.server.body import shorten
@@ -30,7 +30,6 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -61,6 +60,24 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+class JsonSchemaFormat(BaseModel):
+    """A schema as `response_format` has it; name and description are for people."""
+
+    model_config = STRICT
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`: free text, any JSON object, or JSON that a schema describes."""
+
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
 class CommonFields(BaseModel):
     """What both APIs take."""
 
@@ -85,6 +102,8 @@ class CommonFields(BaseModel):
     priority: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None  # vLLM's: json, regex, grammar or choice
     timings: bool = False  # ours: where the time of this request went
 
     @property
@@ -145,13 +164,6 @@ class Message(BaseModel):
     annotations: list[None] | None = None
 
 
-class ResponseFormat(BaseModel):
-    """`response_format`; anything but text needs a grammar, which is not implemented."""
-
-    model_config = STRICT
-    type: Literal["text"]
-
-
 class ChatFields(BaseModel):
     """What only /v1/chat/completions takes."""
 
@@ -160,9 +172,9 @@ class ChatFields(BaseModel):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +219,6 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     request = ChatRequest(validate(CommonFields, common), validate(ChatFields, own))
     _check_streaming(request.common)
     _check_lengths(request)
-    _check_tools(request.own)
     if not request.own.messages:
         raise InvalidParameter("messages", "is empty; send at least one message")
     if request.own.top_logprobs and not request.own.logprobs:
@@ -230,19 +241,6 @@ def _check_lengths(request: ChatRequest) -> None:
     if old is not None and new is not None and old != new:
         raise InvalidParameter(
             "max_tokens", f"is {old} but max_completion_tokens is {new}; send one of them"
-        )
-
-
-def _check_tools(own: ChatFields) -> None:
-    # With "none" the model may not call a tool, so it is not shown any. Everything else would need
-    # calls to be read back out of the text, and a client that waits for one would wait in vain.
-    if own.tool_choice not in (None, "none", "auto"):
-        raise InvalidParameter(
-            "tool_choice", 'tools are not implemented; send "none" or leave it out'
-        )
-    if own.tools and own.tool_choice != "none":
-        raise InvalidParameter(
-            "tools", 'are not implemented; leave them out or send tool_choice "none"'
         )
 
 

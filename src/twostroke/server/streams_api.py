@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from twostroke.errors import InvalidParameter
 from twostroke.server.body import shorten
-from twostroke.server.chat import ChatWriter, build_chat_submission
+from twostroke.server.chat import ChatWriter, build_chat_submission, find_call_form
 from twostroke.server.completions import (
     CompletionChoices,
     CompletionWriter,
@@ -52,9 +52,10 @@ class ChatApi:
 
     def build_writer(self, accepted: Accepted, output: PromptSource) -> Writer:
         """What wrote the events."""
-        common = parse_chat_request(accepted.body).common
+        parsed = parse_chat_request(accepted.body)
         get_bytes = self._served.engine.tokenizer.get_token_bytes
-        return ChatWriter(dict(accepted.head), get_bytes, common.include_usage)
+        form = find_call_form(self._served, parsed)
+        return ChatWriter(dict(accepted.head), get_bytes, parsed.common.include_usage, form)
 
     def build_last(self, accepted: Accepted, generation: Generation) -> dict[str, Any]:
         """What the reply ends with."""

@@ -138,19 +138,29 @@ def _write_token(text: str, tokenizer: Tokenizer) -> str:
 
 
 def tell_tools(
-    messages: Sequence[Mapping[str, Any]], functions: Sequence[Function]
-) -> list[dict[str, Any]]:
-    """Messages for a template that knows no tools, with the same said in their texts."""
-    told = [_tell_calls(message) for message in messages]
-    if not functions:
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Messages for a template that knows no tools, with the same said in their texts.
+
+    tools: as templates are given them (see Function.write).
+    """
+    told = [_tell_calls(message) if speaks_of_tools(message) else message for message in messages]
+    if not tools:
         return told
-    tools = "\n".join(json.dumps(each.write(), ensure_ascii=False) for each in functions)
-    text = _INSTRUCTIONS.format(tools=tools)
-    if told and told[0]["role"] == "system":
+    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=lines)
+    if told and told[0].get("role") == "system" and isinstance(told[0].get("content"), str):
         told[0] = {**told[0], "content": f"{told[0]['content']}\n\n{text}"}
     else:
         told.insert(0, {"role": "system", "content": text})
     return told
+
+
+def speaks_of_tools(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds calls, or what a tool answered."""
+    return isinstance(message, Mapping) and bool(
+        message.get("role") == "tool" or message.get("tool_calls")
+    )
 
 
 def _tell_calls(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,8 +169,6 @@ def _tell_calls(message: Mapping[str, Any]) -> dict[str, Any]:
     if message.get("role") == "tool":
         text = f"<tool_response>\n{content}\n</tool_response>"
         return {"role": "user", "content": text}
-    if not message.get("tool_calls"):
-        return dict(message)
     parts = [content] if content else []
     for call in message["tool_calls"]:
         function = call["function"]
