@@ -105,6 +105,40 @@ _COMPLETION = _describe_reply(_describe_object({"index": _COUNT, "text": _TEXT})
 _CHAT = _describe_reply(_describe_object({"index": _COUNT, "message": {"type": "object"}}))
 
 
+_FLAG: Schema = {"type": "boolean"}
+_NUMBER: Schema = {"type": "number"}
+_INTEGER: Schema = {"type": "integer"}
+_LIST: Schema = {"type": "array"}
+_MAP: Schema = {"type": "object"}
+_RESPONSE = _describe_object({"id": _TEXT, "object": _TEXT, "status": _TEXT, "output": _LIST})
+# Checked by responses_input.py, which has no model to describe it.
+_RESPONSE_FIELDS: dict[str, Schema] = {
+    "user": {"type": "string", "maxLength": 256},
+    **dict.fromkeys(("instructions", "previous_response_id", "truncation"), _TEXT),
+    **dict.fromkeys(("stream", "store", "background"), _FLAG),
+    **dict.fromkeys(("temperature", "top_p"), _NUMBER),
+    **dict.fromkeys(("max_output_tokens", "top_logprobs", "seed", "priority"), _INTEGER),
+    **dict.fromkeys(("text", "metadata"), _MAP),
+    **dict.fromkeys(("tools", "include"), _LIST),
+    **dict.fromkeys(("stop", "tool_choice"), Schema()),
+}
+_RESPONSE_IGNORED = (
+    *("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    *("service_tier", "stream_options"),
+)
+_RESPONSE_BODY: Schema = {
+    "type": "object",
+    "required": ["model", "input"],
+    "additionalProperties": False,
+    "properties": {
+        "model": _TEXT,
+        "input": {"anyOf": [_TEXT, _LIST]},
+        **{name: {"anyOf": [of, {"type": "null"}]} for name, of in _RESPONSE_FIELDS.items()},
+        **{name: {} for name in _RESPONSE_IGNORED},
+    },
+}
+
+
 def build_openapi(served: Served) -> Schema:
     """The document of one server, an OpenAPI 3.1 object."""
     secured = bool(served.settings.keys)
@@ -146,6 +180,7 @@ def _describe_paths() -> dict[str, dict[str, Schema]]:
         "/ready": {"get": _get("Whether to send requests here", _HEALTH)},
         "/metrics": {"get": _get("Prometheus metrics", _TEXT, media_type="text/plain")},
         "/v1/streams/{stream_id}": {"get": _get_stream()},
+        **_describe_responses_api(),
         "/v1/steps": {"get": _get_steps()},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
     }
@@ -170,6 +205,30 @@ def _get_model() -> Schema:
     return {**_get("One model", _MODEL), "parameters": [name]}
 
 
+def _describe_responses_api() -> dict[str, dict[str, Schema]]:
+    name = {"name": "response_id", "in": "path", "required": True, "schema": _TEXT}
+    query = [
+        {"name": each, "in": "query", "schema": _TEXT}
+        for each in ("stream", "starting_after", "order", "after", "limit")
+    ]
+    one, items = "/v1/responses/{response_id}", "/v1/responses/{response_id}/input_items"
+    retrieve = _get("A stored response, or its events", _RESPONSE, streams=True)
+    cancel = _post("End a response in the background", None, _RESPONSE)
+    delete = _get("Forget a response", _describe_object({"id": _TEXT}))
+    listing = _get("What a response was asked", _describe_object({"data": {"type": "array"}}))
+    return {
+        "/v1/responses": {
+            "post": _post("Answer, and keep the answer", _RESPONSE_BODY, _RESPONSE, streams=True)
+        },
+        one: {
+            "get": {**retrieve, "parameters": [name, *query[:2]]},
+            "delete": {**delete, "parameters": [name]},
+        },
+        f"{one}/cancel": {"post": {**cancel, "parameters": [name]}},
+        items: {"get": {**listing, "parameters": [name, *query[2:]]}},
+    }
+
+
 def _get_stream() -> Schema:
     name = {"name": "stream_id", "in": "path", "required": True, "schema": _TEXT}
     after = {"name": "Last-Event-ID", "in": "header", "schema": _TEXT}
@@ -184,20 +243,24 @@ def _get_steps() -> Schema:
     return {**described, "parameters": [text, last]}
 
 
-def _get(summary: str, reply: Schema, media_type: str = "application/json") -> Schema:
-    return {"summary": summary, "responses": _describe_responses(reply, media_type, _OF_GET)}
+def _get(
+    summary: str, reply: Schema, media_type: str = "application/json", streams: bool = False
+) -> Schema:
+    responses = _describe_responses(reply, media_type, _OF_GET)
+    if streams:
+        responses["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+    return {"summary": summary, "responses": responses}
 
 
-def _post(summary: str, body: Schema, reply: Schema, streams: bool = False) -> Schema:
+def _post(summary: str, body: Schema | None, reply: Schema, streams: bool = False) -> Schema:
     responses = _describe_responses(reply, "application/json", tuple(_REFUSALS))
     if streams:
         responses["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
-    content = {"application/json": {"schema": body}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": content},
-        "responses": responses,
-    }
+    described: Schema = {"summary": summary, "responses": responses}
+    if body is not None:
+        content = {"application/json": {"schema": body}}
+        described["requestBody"] = {"required": True, "content": content}
+    return described
 
 
 def _describe_responses(reply: Schema, media_type: str, refusals: Sequence[int]) -> Schema:
