@@ -8,6 +8,7 @@ measured (fidelity). It looks at the measured run only to print it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -159,6 +160,7 @@ def compare(run: RealRun, load: Load, predictor: Predictor) -> Compared:
         late_ns=run.late_ns,
         part_seconds=run.stats.part_seconds,
         others_share=run.others_share,
+        spare_share=max(0.0, 1 - predictor.info.threads / (os.cpu_count() or 1)),
     )
 
 

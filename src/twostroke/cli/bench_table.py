@@ -30,7 +30,8 @@ class Compared:
     """One load three times: replayed, measured and predicted.
 
     late_ns: how late each request was sent, rising. part_seconds: of the engine's thread.
-    others_share: of the cores, what others took during the measured run.
+    others_share: of the cores, what others took during the measured run; spare_share: what the
+    engine left them.
     """
 
     replayed: Replayed
@@ -39,6 +40,7 @@ class Compared:
     late_ns: Sequence[int]
     part_seconds: Mapping[str, float]
     others_share: float | None
+    spare_share: float
 
 
 def print_bench(compared: Compared, fitted: Fitted) -> None:
@@ -103,7 +105,7 @@ def list_lines(compared: Compared, fitted: Fitted) -> Iterator[str]:
         yield f"requests were sent at most {late_ms:.2f} ms later than meant"
     if compared.others_share is not None:
         line = f"other processes and other guests took {compared.others_share:.1%} of the cores"
-        much = compared.others_share > _MUCH
+        much = compared.others_share > compared.spare_share + _MUCH
         yield line + (": the measured times are theirs too; run again when it is quiet" * much)
 
 
