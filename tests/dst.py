@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import sys
 import time
@@ -85,8 +86,13 @@ def run_seeds(seeds: range, jobs: int) -> Iterator[Tally]:
     if jobs == 1:
         yield from map(try_seed, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, be_quiet) as pool:
         yield from pool.imap_unordered(try_seed, seeds, chunksize=50)
+
+
+def be_quiet() -> None:
+    """Requests that fail are the point here: nothing is logged of them."""
+    logging.disable(logging.CRITICAL)
 
 
 def replay(seed: int) -> None:
@@ -133,4 +139,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    be_quiet()
     sys.exit(main())

@@ -62,13 +62,12 @@ class CheckedExecutor:
         return self.inner.describe()
 
     def start(self, plan: StepPlan, on_done: OnDone) -> None:
-        harm = self._world.start_step()
+        harm, laws = self._world.start_step(), self._world.laws
+        laws.parts[plan.step] = plan
         if harm == "refuses":
             self._ran = False
             self.inner.lose("it starts nothing")
             raise ExecutorLost("it starts nothing")
-        laws = self._world.laws
-        laws.parts[plan.step] = plan
         flight = next(one for one in laws.flights if one.plan.step == plan.step)
         told = dict(zip((row.sequence for row in flight.plan.rows), flight.told, strict=True))
         step = Running(plan, [told[row.sequence] for row in plan.rows])
