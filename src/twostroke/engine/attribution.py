@@ -126,6 +126,11 @@ class Attribution:
 
     # ---- notes, on the engine's thread ----------------------------------------------------------
 
+    def begin_request(self, request: str) -> None:
+        """A request was accepted: its account is kept from now on."""
+        with self._lock:
+            self._live[request] = _Sums()
+
     def note_started(self, step: int, now_ns: int) -> None:
         """A step was handed to the executor."""
         self._started.append((step, now_ns))
@@ -253,8 +258,8 @@ class Attribution:
             own[row.sequence.request] += row.prompt
         for request, tokens in own.items():
             sums = self._live.get(request)
-            if sums is None:
-                sums = self._live[request] = _Sums()
+            if sums is None:  # ended while the step ran
+                continue
             sums.python_ns += python_ns
             if not sums.has_begun:
                 # The engine was busy with others before this request was planned.

@@ -246,6 +246,8 @@ class RequestBook:
         """Begin to follow a request that the scheduler has accepted."""
         state.submitted_ns = now_ns
         self._live[state.request.id] = state
+        if self._attribution is not None:
+            self._attribution.begin_request(state.request.id)
         self._metrics.record_accepted()
 
     # ---- LoopListener ---------------------------------------------------------------------------
