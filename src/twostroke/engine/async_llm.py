@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from twostroke.core.types import Ending, TokenLogprob
+from twostroke.core.types import Ending, Request, TokenLogprob
 from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineStats
 from twostroke.engine.outputs import OutputDelta, RequestTimings
@@ -252,33 +252,62 @@ class AsyncLLM:
         priority: int = 0,
         add_special: bool = True,
         sender: Sender = NOBODY,
-        resumed: Resumed = (),
     ) -> RequestStream:
         """Check and queue one request; it runs from here on, whether its stream is read or not.
 
         prompt: text or token ids. request_id: fresh when not given. priority: smaller runs first.
         add_special: False for a text from `render_chat`, which has its special tokens already.
         sender: whose share of the engine it takes, and whose cached prefixes it may reuse.
-        resumed: what an earlier run emitted of each continuation (see Request.resumed); with the
-        same prompt, parameters and seed, what comes is the rest of that run.
         Raises InvalidRequest, InvalidParameter, PromptTooLong or EngineClosed.
         """
         service = self._service
         own = params or SamplingParams()
         fresh_id = request_id if request_id is not None else f"request-{secrets.token_hex(8)}"
+
+        def make() -> Request:
+            tokens = service.encode(prompt, add_special=add_special)
+            return service.make_request(own, fresh_id, tokens, priority, sender)
+
+        return await self._start(make, own, _has_much_text(prompt, own))
+
+    async def resume(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        resumed: Resumed,
+        *,
+        request_id: str,
+        priority: int = 0,
+        sender: Sender = NOBODY,
+    ) -> RequestStream:
+        """Go on with a request of an earlier run; what comes is the rest of that run.
+
+        prompt, params: those of that run, with its seed. resumed: what it emitted of each
+        continuation (see Request.resumed). Raises as `submit`.
+        """
+        service = self._service
+
+        def make() -> Request:
+            tokens = service.encode(prompt)
+            request = service.make_request(params, request_id, tokens, priority, sender)
+            return replace(request, resumed=resumed)
+
+        return await self._start(make, params, is_slow=True)
+
+    async def _start(
+        self, make: Callable[[], Request], own: SamplingParams, is_slow: bool
+    ) -> RequestStream:
+        """Submit what `make` makes, off the event loop where that is slow."""
+        service = self._service
         channel = _Channel(asyncio.get_running_loop())
         sink = partial(self._outbox.put, channel)
 
         def prepare() -> RequestState:
-            tokens = service.encode(prompt, add_special=add_special)
-            request = service.make_request(own, fresh_id, tokens, priority, sender)
-            if resumed:
-                request = replace(request, resumed=resumed)
-            return service.make_state(request, own, sink)
+            return service.make_state(make(), own, sink)
 
         if isinstance(own, SamplingParams) and own.grammar:
             await asyncio.wrap_future(service.compile_grammar(own.grammar))
-        state = await asyncio.to_thread(prepare) if _has_much_text(prompt, own) else prepare()
+        state = await asyncio.to_thread(prepare) if is_slow else prepare()
         future = service.submit([state])
         try:
             await asyncio.wrap_future(future)

@@ -176,13 +176,13 @@ async def _submit_rest(entry: Entry, submission: Submission, served: Served) -> 
             None if choice in progress.ended else tuple(progress.tokens.get(choice, ()))
             for choice in choices
         )
-        stream = await served.engine.submit(
+        stream = await served.engine.resume(
             prompt,
             params,
+            resumed if any(resumed) or None in resumed else (),
             request_id=f"{submission.request_id}-{place}",
             priority=submission.priority,
             sender=sender,
-            resumed=resumed if any(resumed) or None in resumed else (),
         )
         streams.append(stream)
     emitted = sum(map(len, progress.tokens.values()))
