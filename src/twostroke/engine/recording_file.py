@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from twostroke.engine.recording import (
     ENDINGS,
@@ -150,7 +150,7 @@ def _from_plain(hint: Any, plain: Any, where: str) -> Any:
     """The value of a type from its plain form. Raises _Refused, naming the field."""
     if hint is Any:
         return plain
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, plain, where)
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -180,7 +180,7 @@ def _from_plain(hint: Any, plain: Any, where: str) -> Any:
 def _build(kind: type[Any], plain: Any, where: str) -> Any:
     if not isinstance(plain, dict):
         raise _Refused(f"{where} must be an object")
-    hints, needed = _get_fields(kind)
+    hints, needed = _get_fields(cast(Hashable, kind))
     for name in plain:
         if name not in hints:
             raise _Refused(f"{where} has no {name!r}")
