@@ -112,7 +112,7 @@ class Ablations:
 
     def compare_batching(self, bench: VariantBench) -> Ablation:
         """Answers of very different lengths, all waiting at once."""
-        load = self._draw_load(bench, 16, 48, 96)
+        load = self._draw_load(bench, 24, 32, 120)
         static = PolicyChoice(pace="static", batch_size=8, batch_timeout_ns=10_000_000)
         return self._compare(
             ("continuous batching", "static batches of 8"),
@@ -125,9 +125,9 @@ class Ablations:
         )
 
     def compare_paging(self, bench: VariantBench) -> Ablation:
-        """A pool of 2,048 tokens, and requests that could grow to 1,024 but do not."""
+        """A pool of 2,304 tokens, and requests that could grow to 1,024 but do not."""
         load = self._draw_load(bench, 16, 48, 48)
-        paged = Variant(name="with", step_tokens=STEP_TOKENS, num_blocks=128)
+        paged = Variant(name="with", step_tokens=STEP_TOKENS, num_blocks=144)
         return self._compare(
             ("paged KV", "1,024 tokens reserved each"),
             Side(bench, replace(paged, name="without", reserve_tokens=1024), load),

@@ -91,6 +91,11 @@ def build_table(title: str, ablations: Sequence[Ablation]) -> Table:
     return table
 
 
+def _format(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def describe(
     model: str, threads: int, seconds: float, ablations: Sequence[Ablation]
 ) -> dict[str, Any]:
@@ -137,9 +142,8 @@ def draw(ablations: Sequence[Ablation], title: str, path: Path) -> None:
             unit = f" {number.unit}" if number.unit else ""
             labels.append(f"{ablation.technique}: {number.name}")
             gains.append(number.gain)
-            texts.append(
-                f"{number.gain:.3g}x  ({number.without:,.3g} → {number.with_it:,.3g}{unit})"
-            )
+            values = f"{_format(number.without)} → {_format(number.with_it)}{unit}"
+            texts.append(f"{_format(number.gain)}x  ({values})")
     spots = list(range(len(labels)))[::-1]
     height = 1.4 + 0.36 * len(labels)
     figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
@@ -148,6 +152,7 @@ def draw(ablations: Sequence[Ablation], title: str, path: Path) -> None:
     for spot, gain, text in zip(spots, gains, texts, strict=True):
         axes.text(max(gain, 1) * 1.03, spot, text, va="center", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(min(0.5, 0.8 * min(gains, default=1)), 12 * max([2, *gains]))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(spots, labels, fontsize=8)
