@@ -81,8 +81,8 @@ def test_a_trace_is_shortened_until_enough_requests_fit_the_time(tmp_path: Path)
     trace = make_trace(tmp_path / "trace.csv")
     load = settle_load(LoadOptions(trace=trace), TARGETS, 30.0, predict)
     lengths = {(one.prompt_tokens, one.new_tokens) for one in load.arrivals}
-    # Half of 1000 tokens a second for 30 s, in 200 requests: at most 75 tokens each.
-    assert lengths == {(50, 12)}
+    # 0.35 of 1000 tokens a second for 30 s, in 200 requests: at most 52 tokens each.
+    assert lengths == {(36, 9)}
     assert len(load.arrivals) >= LEAST_REQUESTS
     reasons = {choice.name: choice.reason for choice in load.choices}
     assert "shortened" in reasons["prompt lengths"]
@@ -100,7 +100,7 @@ def test_requests_come_at_a_share_of_the_predicted_most(
     assert (len(load.arrivals) - 1) / span_s == pytest.approx(SHARE * most, rel=tolerance)
     assert span_s == pytest.approx(30, rel=tolerance)
     reasons = {choice.name: choice.reason for choice in load.choices}
-    assert reasons["rate"].startswith("50% of the ")
+    assert reasons["rate"].startswith("35% of the ")
 
 
 def test_lengths_that_were_asked_for_stay_however_few_requests_fit(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_lengths_that_were_asked_for_stay_however_few_requests_fit(tmp_path: Pat
     asked = LoadOptions(trace=trace, prompt_tokens="1x", new_tokens="1x")
     load = settle_load(asked, TARGETS, 10.0, predict)
     assert {(one.prompt_tokens, one.new_tokens) for one in load.arrivals} == {(200, 50)}
-    assert len(load.arrivals) == 20  # half of four a second
+    assert len(load.arrivals) == 14  # 0.35 of four a second
 
 
 def test_faults_are_refused() -> None:

@@ -96,6 +96,8 @@ _BETWEEN = (
     (4, 400, 60, 300),
     (16, 100, 150, 700),
 )
+# Never fitted either: so many prompts at once, of so many tokens, as they come in bursts.
+_SEVERAL = ((3, 150), (8, 60))
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,8 @@ def list_cells(spec: ModelSpec, settings: ResolvedSettings) -> Iterator[Cell]:
         prompt = ((new, start, 0),) if new else ()
         kind = "mixed" if rows and new else "decode" if rows else "prefill"
         cells.append(Cell(kind, ((1, before, 1),) * rows + prompt, is_fitted=False))
+    for prompts, tokens in _SEVERAL:
+        cells.append(Cell("prefill", ((tokens, 0, 1),) * prompts, is_fitted=False))
     return (cell for cell in cells if fits(cell))
 
 
