@@ -131,10 +131,15 @@ class Bench:
         self.attribution = Attribution(WORK, device)
         self.attribution.follow(self.parts)
         self.step = 0
+        self.begun: set[str] = set()
 
     def run(self, *rows: Row, compute: int = 900, python: int = 30) -> None:
         """A round of the loop: the plan is made, then computed on the thread, then committed."""
         plan = StepPlan(self.step, rows)
+        for row in rows:
+            if row.sequence.request not in self.begun:
+                self.begun.add(row.sequence.request)
+                self.attribution.begin_request(row.sequence.request)
         self.step += 1
         self.parts.begin_pump(self.now)
         self.attribution.note_started(plan.step, self.now + python)
@@ -252,6 +257,16 @@ def test_without_limits_work_is_counted_and_no_floor() -> None:
     assert totals.cause_seconds == {}
     assert bench.end("a", 1000, 1000).account is not None
     assert build_report(bench.attribution)["steps"][0]["floor_ns"] is None
+
+
+def test_a_step_that_ends_behind_its_request_leaves_nothing_of_it() -> None:
+    bench = Bench()
+    bench.run(make_row("a", 3, 0))
+    bench.end("a", 1000, 1000)
+    bench.run(make_row("a", 1, 3))
+    account = bench.end("a", 1000, 1000).account
+    assert account is not None
+    assert account.prefill_ns == account.decode_ns == 0
 
 
 def test_only_the_last_steps_are_kept_and_all_are_counted() -> None:

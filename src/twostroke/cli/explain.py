@@ -170,7 +170,8 @@ def build_stroke_table(name: str, steps: Sequence[Mapping[str, Any]]) -> Table:
     """The parts of the request's steps, everybody's work in them included."""
     bounds = Counter(step["bound_by"] for step in steps if step["bound_by"])
     rows = sum(len(step["rows"]) for step in steps) / len(steps)
-    title = f"{len(steps)} {name}, {rows:.3g} rows each on average"
+    counted = name.removesuffix("s") if len(steps) == 1 else name
+    title = f"{len(steps)} {counted} of {rows:.3g} {'row' if rows == 1 else 'rows on average'}"
     if bounds:
         title += f", bound by {bounds.most_common(1)[0][0]}"
     return _build_table(title, list_stroke(steps))
