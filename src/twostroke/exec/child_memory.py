@@ -62,9 +62,14 @@ class SharedMemory:
     def __init__(self, sizes: MemorySizes) -> None:
         self.sizes = sizes
         self.descriptor = _open_file(sizes.total)
-        self.close = weakref.finalize(self, os.close, self.descriptor)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, sizes.total)
         self.mapped = MappedMemory(self.descriptor, sizes)
+
+    def close(self) -> None:
+        """Let go of it, for good; again does nothing."""
+        self._close()
+        self.mapped.close()
 
     def reserve(self) -> None:
         """Take the memory now: what was granted once cannot be lacking later.
@@ -72,7 +77,7 @@ class SharedMemory:
         Slow for a large pool, so it runs beside other things. Raises OSError when memory is short.
         """
         for start in range(0, self.sizes.total, _CHUNK):
-            if not self.close.alive:
+            if not self._close.alive:
                 return
             os.posix_fallocate(self.descriptor, start, min(_CHUNK, self.sizes.total - start))
 
@@ -95,6 +100,13 @@ class MappedMemory:
         self._map = mmap.mmap(descriptor, sizes.total)
         self.kv: Bytes = np.frombuffer(self._map, np.uint8, sizes.kv_bytes, sizes.kv_start)
         self.host: Bytes = np.frombuffer(self._map, np.uint8, sizes.host_bytes, sizes.host_start)
+
+    def close(self) -> None:
+        """Unmap it; an array that still views it keeps it mapped."""
+        nothing = np.zeros(0, np.uint8)
+        self.kv = self.host = nothing
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def mark_begun(self, step: int) -> None:
         """Note that a step is about to touch the pool."""
