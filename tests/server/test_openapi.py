@@ -76,8 +76,8 @@ def test_the_server_does_what_its_document_says(described: Running, mode: Genera
     count = 0
     for result in schema.get_all_operations():
         operation = result.ok()
-        if mode is GenerationMode.NEGATIVE and operation.method == "get":
-            continue
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing can be wrong with it
         count += 1
 
         @settings(
