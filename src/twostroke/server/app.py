@@ -47,6 +47,7 @@ from twostroke.server.limits import Admission, Traffic
 from twostroke.server.logs import log_request
 from twostroke.server.metrics import CONTENT_TYPE, EngineCollector, render_metrics
 from twostroke.server.openapi import build_openapi
+from twostroke.server.responses_api import install_responses
 from twostroke.server.schemas import parse_chat_request, parse_completion_request
 from twostroke.server.settings import Served, ServerSettings, describe_served
 from twostroke.server.streams_api import CHAT, COMPLETION, Streams, install_streams
@@ -76,6 +77,7 @@ def create_app(
     admission = Admission(settings.limits, traffic, engine.load)
     streams = install_streams(app, served, settings.state)
     api = _Api(served, traffic, admission, streams)
+    install_responses(app, served, streams, api.submit)
     for method, path, endpoint in (
         ("GET", "/v1/models", api.list_models),
         ("GET", "/v1/models/{name:path}", api.get_model),
@@ -137,7 +139,7 @@ class _Api:
         self._served.check_model(parsed.common.model)
         head = self._build_head("cmpl", parsed.common.model)
         submission = build_completion_submission(parsed, head["id"])
-        generation = await self._submit(request, body, submission)
+        generation = await self.submit(request, body, submission)
         choices = CompletionChoices(self._served, generation, submission, parsed.own.echo)
         if parsed.common.stream:
             writer = CompletionWriter(head, choices, parsed.common.include_usage)
@@ -160,7 +162,7 @@ class _Api:
         submission = await asyncio.to_thread(
             build_chat_submission, self._served, parsed, head["id"]
         )
-        generation = await self._submit(request, body, submission)
+        generation = await self.submit(request, body, submission)
         get_bytes = self._served.engine.tokenizer.get_token_bytes
         form = find_call_form(self._served, parsed)
         if parsed.common.stream:
@@ -213,7 +215,7 @@ class _Api:
     async def _read(self, request: Request) -> dict[str, Any]:
         return await read_json_object(request, self._served.settings.limits.body_bytes)
 
-    async def _submit(
+    async def submit(
         self, request: Request, body: dict[str, Any], submission: Submission
     ) -> Generation:
         """Give a request to the engine in its sender's name, if the queue has room for it."""

@@ -56,6 +56,7 @@ def write_record(kind: str, request_id: str, value: object) -> bytes:
 def write_accepted(accepted: Accepted) -> bytes:
     """The record that a request begins with."""
     value = {name: getattr(accepted, name) for name in Accepted.__slots__}
+    value["facts"] = dict(accepted.facts)
     return write_record(ACCEPTED, accepted.id, value)
 
 

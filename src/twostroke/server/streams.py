@@ -87,6 +87,18 @@ class Entry:
         self.arrived.set()
         self.arrived = asyncio.Event()
 
+    def read(self, get_bytes: GetBytes, begin: int = 0, end: int | None = None) -> Iterator[Batch]:
+        """The output so far, of these records."""
+        for payload in self.records[begin:end]:
+            kind, _, value = read_record(payload)
+            if kind == OUTPUT:
+                yield [read_item(item, get_bytes) for item in value]
+
+    async def wait(self) -> None:
+        """Return once nothing more will come."""
+        while not self.is_over:
+            await self.arrived.wait()
+
     async def batches(self, get_bytes: GetBytes) -> AsyncGenerator[Batch, None]:
         """All output from the beginning, and what comes, as it comes.
 
@@ -95,11 +107,12 @@ class Entry:
         place = 0
         while True:
             arrived = self.arrived
-            while place < len(self.records):
-                kind, _, value = read_record(self.records[place])
-                place += 1
-                if kind == OUTPUT:
-                    yield [read_item(item, get_bytes) for item in value]
+            known = len(self.records)
+            for batch in self.read(get_bytes, place, known):
+                yield batch
+            place = known
+            if place < len(self.records):
+                continue
             if self.is_over:
                 break
             await arrived.wait()
@@ -120,6 +133,8 @@ class Record:
 
     def append(self, batch: Batch) -> None:
         """Enter output, before anybody sees it."""
+        if self._entry.is_over:
+            return
         entry, items = self._entry, []
         for choice, delta in batch:
             place = choice // self._generation.choices_each
@@ -222,6 +237,15 @@ class Journal:
         self._note_ended(entry, end)
         self._forget_old()
 
+    def cancel(self, entry: Entry, why: str) -> None:
+        """End an entry that runs, and what runs of it; does nothing after the end."""
+        if entry.is_over:
+            return
+        generation = entry.generation
+        self.end(entry, End(CANCELLED, why, {}, time.time()))
+        if generation is not None:
+            generation.cancel()
+
     def forget(self, request_id: str) -> None:
         """Drop an entry that has ended; another id changes nothing."""
         entry = self.entries.get(request_id)
@@ -308,7 +332,6 @@ async def _drain(
             async for batch in batches:
                 record.append(batch)
     except TwostrokeError as error:
-        logger.warning("a request without a client ended: %s", error)
         record.fail(error)
     else:
         record.finish(get_last())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,6 +39,7 @@ from twostroke.server.streams_resume import Api, read_entries, resume
 from twostroke.server.timings import build_last_fields
 
 CHAT, COMPLETION = "chat", "completion"
+_NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class ChatApi:
@@ -96,9 +98,14 @@ class Streams:
         self.apis: dict[str, Api] = {CHAT: ChatApi(served), COMPLETION: CompletionApi(served)}
 
     def record(
-        self, kind: str, head: Mapping[str, Any], body: Mapping[str, Any], generation: Generation
+        self,
+        kind: str,
+        head: Mapping[str, Any],
+        body: Mapping[str, Any],
+        generation: Generation,
+        facts: Mapping[str, Any] = _NO_FACTS,
     ) -> Record:
-        """Keep the stream of a request that was just submitted."""
+        """Keep the stream of a request that was just submitted. facts: the API's own of it."""
         accepted = Accepted(
             kind,
             head,
@@ -108,6 +115,7 @@ class Streams:
             generation.sender.tenant,
             generation.sender.cache_scope,
             fingerprint=self._served.fingerprint,
+            facts=facts,
         )
         return self.journal.open(accepted, generation)
 
