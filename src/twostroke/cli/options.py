@@ -180,6 +180,14 @@ class ServeOptions:
 
     host: str = field(default="127.0.0.1", metadata=show("Address to listen on."))
     port: int = field(default=8000, metadata=show("Port; 0 takes any.", least=0, most=65535))
+    durable: bool = field(
+        default=True,
+        metadata=show(
+            "Keep streams and responses on disk, so that after any end of the server the next one "
+            "goes on with them.",
+            "--durable/--no-durable",
+        ),
+    )
     max_rows: int | None = field(
         default=None,
         metadata=show("Most sequences computed in one step.", default="64; on a GPU 256"),

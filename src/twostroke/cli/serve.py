@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
+from pathlib import Path
 from dataclasses import replace
 
 from twostroke.cli import options
@@ -18,6 +19,7 @@ from twostroke.server.serve import ServeOptions, run
 from twostroke.server.settings import ServerSettings
 from twostroke.server.tracing import build_tracer
 from twostroke.spec.device import DeviceSpec
+from twostroke.weights.catalog import get_cache_dir
 from twostroke.weights.digest import get_digest
 
 
@@ -52,7 +54,11 @@ def run_serve(
 
     is_local = not keys and is_loopback(serving.host)
     settings = ServerSettings(
-        keys=keys, is_local=is_local, facts=describe_facts(built), tracer=build_tracer()
+        keys=keys,
+        is_local=is_local,
+        facts=describe_facts(built),
+        tracer=build_tracer(),
+        state=get_state_folder(built.parts.model_name, serving),
     )
     if not keys and not is_local:
         logging.getLogger("twostroke.server").warning(
@@ -80,6 +86,17 @@ def find_limits(built: BuiltEngine) -> DeviceSpec | None:
     from twostroke.cli.limits import measure_limits
 
     return measure_limits(built.settings)
+
+
+def get_state_folder(model: str, serving: options.ServeOptions) -> Path | None:
+    """Where unfinished streams are kept for the next server of this model on this port.
+
+    None without `--durable`, and on port 0, where nobody would find the next server.
+    """
+    if not serving.durable or serving.port == 0:
+        return None
+    name = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in model)
+    return get_cache_dir() / "state" / f"{name}-{serving.port}"
 
 
 def describe_facts(built: BuiltEngine) -> str:
