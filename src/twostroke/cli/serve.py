@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 from twostroke.cli import options
 from twostroke.cli.compose import BuiltEngine, build_engine
