@@ -190,11 +190,6 @@ class Journal:
         self.entries: dict[str, Entry] = {}
         self.num_resumed = self.num_abandoned = 0
 
-    @property
-    def is_durable(self) -> bool:
-        """True while what is entered outlives this process."""
-        return self._log is not None
-
     def get(self, request_id: str) -> Entry | None:
         """A kept request that is not forgotten yet."""
         self._forget_old()
