@@ -43,6 +43,7 @@ TEXT_FILES = sorted(
 OUTERMOST_LOOPS = {
     "src/twostroke/bench/gpu/drive.py": "a section that fails costs the others nothing",
     "src/twostroke/engine/thread.py": "those who wait for the engine hear that it died",
+    "src/twostroke/exec/child_main.py": "the parent hears why a child cannot go on",
     "src/twostroke/exec/cuda.py": "every plan is answered, also one that could not be queued",
     "src/twostroke/exec/rank_worker.py": "the group hears why a rank ends",
     "src/twostroke/exec/local.py": "every plan is answered, also one that could not be computed",

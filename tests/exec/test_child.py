@@ -57,7 +57,8 @@ class Killer:
     def __call__(self, executor: ChildExecutor, committed: int) -> None:
         if self.left and committed >= self.left[0] and executor.is_ready:
             self.left = [one for one in self.left if one > committed]
-            time.sleep(self.delays.random() * 0.004)  # before the step, in it, or behind it
+            # Before the step is begun, in it, or behind it: it takes a third of a millisecond.
+            time.sleep(self.delays.choice((0.0, 0.0001, 0.0003)))
             os.kill(executor.child.pid, self.number)
 
 
@@ -78,12 +79,12 @@ def test_executors_that_are_killed_or_stopped_change_nothing(number: int) -> Non
 
 @pytest.mark.slow
 def test_executors_killed_at_every_token_and_every_chunk_change_nothing() -> None:
-    check_same(make_requests(48), Killer(signal.SIGKILL, range(70)), 48)
+    check_same(make_requests(48), Killer(signal.SIGKILL, range(70)), 30)
 
 
 @pytest.mark.slow
 def test_executors_stopped_at_many_tokens_change_nothing() -> None:
-    check_same(make_requests(48), Killer(signal.SIGSTOP, range(0, 70, 3)), 16)
+    check_same(make_requests(48), Killer(signal.SIGSTOP, range(0, 70, 3)), 12)
 
 
 def test_a_child_answers_what_the_same_executor_answers_in_process() -> None:
