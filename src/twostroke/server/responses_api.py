@@ -186,7 +186,7 @@ class Responses:
 
     def _tell(self, entry: Entry, after: int) -> EventStream:
         """The events of a response behind the one its reader has, and those to come."""
-        output = Replay(entry, 1, self._served.engine.tokenizer.get_token_bytes)
+        output = Replay(entry, 1, self._streams.get_token_bytes)
         writer = self._api.build_writer(entry.accepted, output)
         framing = self._frame(entry, writer, after)
         return EventStream(output, writer, output.get_last, framing=framing)
@@ -199,9 +199,8 @@ class Responses:
 
     def _build(self, entry: Entry) -> dict[str, Any]:
         """The response as it stands."""
-        get_bytes = self._served.engine.tokenizer.get_token_bytes
-        output = Replay(entry, 1, get_bytes)
-        writer = self._api.build_writer(entry.accepted, output)
+        get_bytes = self._streams.get_token_bytes
+        writer = self._api.build_writer(entry.accepted, Replay(entry, 1, get_bytes))
         for batch in entry.read(get_bytes):
             for choice, delta in batch:
                 for part in split_tokens(delta):

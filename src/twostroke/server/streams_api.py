@@ -143,14 +143,19 @@ class Streams:
             raise HTTPException(404, f"there is no {what} {shorten(stream_id)!r}, or no longer")
         return entry
 
+    def get_token_bytes(self, token: int) -> bytes:
+        """The bytes a kept token stands for; none for one that pads the model's vocabulary."""
+        tokenizer = self._served.engine.tokenizer
+        return tokenizer.get_token_bytes(token) if token < tokenizer.vocab_size else b""
+
     async def get_stream(self, request: Request, stream_id: str) -> Response:
         """The events of a stream behind the one its reader has."""
         entry = self.find(request, stream_id, "stream")
         accepted = entry.accepted
         if accepted.kind not in (CHAT, COMPLETION):
             raise HTTPException(404, f"{shorten(stream_id)!r} is at /v1/responses")
-        api, get_bytes = self.apis[accepted.kind], self._served.engine.tokenizer.get_token_bytes
-        output = Replay(entry, int(accepted.body.get("n") or 1), get_bytes)
+        api = self.apis[accepted.kind]
+        output = Replay(entry, int(accepted.body.get("n") or 1), self.get_token_bytes)
         framing = Framing(after=parse_event_id(request.headers.get("last-event-id")))
         return EventStream(
             output, api.build_writer(accepted, output), output.get_last, framing=framing
