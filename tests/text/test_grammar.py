@@ -1,0 +1,177 @@
+"""Laws of grammars: what may be asked for, what is refused, and that nothing holds the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from twostroke.errors import InvalidParameter, RequestFailed
+from twostroke.text import grammar as module
+from twostroke.text import grammar_check
+from twostroke.text.grammar import GrammarCompiler, StructuredOutputs, read_structured_outputs
+from twostroke.text.grammar_check import Checked
+from twostroke.text.tokenizer import build_tokenizer
+from vocabularies import make_byte_bpe
+
+STOP = 1
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
+    yield made
+    made.close()
+
+
+def matches(compiler: GrammarCompiler, asked: dict, text: str) -> bool:
+    """Whether every byte of a text is let through, and then its end."""
+    matcher = compiler.compile(StructuredOutputs(**asked).text).start()
+    for token in [*(byte + 2 for byte in text.encode()), STOP]:
+        mask = matcher.compute_mask()
+        if not mask[token // 8] >> token % 8 & 1:
+            return False
+        if token != STOP:
+            matcher.advance([token])
+    return True
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"$ref": "#/$defs/y"}},
+    "required": ["x", "y"],
+    "additionalProperties": False,
+    "$defs": {"y": {"type": "boolean"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "good", "bad"),
+    [
+        ({"regex": "a{2,3}|b"}, "aaa", "a"),
+        ({"regex": "[0-9]+/x"}, "12/x", "12/"),
+        ({"choice": ["yes", 'n"o', "é"]}, 'n"o', "y"),
+        ({"json": POINT}, '{"x": 12, "y": true}', '{"y": true}'),
+        ({"json": json.dumps(POINT)}, '{"x": -1, "y": false}', '{"x": 1,  "y": true}'),
+        ({"json": True}, '[{"a": null}]', "[1"),
+        ({"grammar": 'start: "a" b\nb: "b"+'}, "abb", "a"),
+        ({"grammar": 'root ::= "a" | item\nitem ::= [0-9]+'}, "42", "a4"),
+    ],
+)
+def test_a_grammar_lets_through_what_it_describes(compiler, asked, good, bad) -> None:
+    assert matches(compiler, asked, good)
+    assert not matches(compiler, asked, bad)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"regex": "a", "choice": ["a"]},
+        {"regex": ""},
+        {"regex": "a" * (module.MAX_REGEX_CHARS + 1)},
+        {"json": {"const": "a" * module.MAX_GRAMMAR_CHARS}},
+        {"json": "{"},
+        {"json": "[1]"},
+        {"json": {"a": float("nan")}},
+        {"choice": []},
+        {"choice": [""]},
+        {"choice": [7]},
+        {"grammar": "a\ud800"},
+        {"xml": "a"},
+    ],
+)
+def test_what_is_no_structure_is_refused_before_it_is_compiled(asked) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        read_structured_outputs(asked)
+    assert caught.value.parameter == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "("},
+        {"regex": "((a{0,100}){0,100}){0,100}"},
+        {"json": {"$ref": "#"}},
+        {"json": {"allOf": [{"$ref": "#"}, {"type": "object"}]}},
+        {"json": {"type": "nothing"}},
+        {"json": {"type": "integer", "multipleOf": 999999937}},
+        {"json": False},
+        {"grammar": "start: other"},
+        {"grammar": "start: " + "(" * 3000 + '"a"' + ")" * 3000},
+        {"grammar": 'start: x{1,100000}\nx: "a" | "b" | x x'},
+    ],
+)
+def test_what_cannot_be_matched_is_refused_with_a_reason(compiler, asked) -> None:
+    text = StructuredOutputs(**asked).text
+    for _ in range(2):
+        with pytest.raises(InvalidParameter) as caught:
+            compiler.compile(text)
+        assert len(str(caught.value)) < 500
+        assert str(caught.value).isprintable()
+    assert matches(compiler, {"regex": "a"}, "a")
+
+
+def test_a_recursive_schema_is_served(compiler) -> None:
+    node = {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": node}}
+    assert matches(compiler, {"json": schema}, '{"c": {"c": {}}}')
+
+
+@pytest.mark.slow
+def test_a_text_that_takes_too_long_is_refused_and_the_next_compiled(monkeypatch) -> None:
+    monkeypatch.setattr(grammar_check, "CHECK_SECONDS", 0.0)  # of messages; the process has its own
+    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
+    large = {f"p{at}": {"type": "string"} for at in range(9000)}
+    text = StructuredOutputs(json={"properties": large}).text
+    with pytest.raises(InvalidParameter, match="takes longer than"):
+        compiler.compile(text)
+    assert matches(compiler, {"regex": "a"}, "a")
+    compiler.close()
+
+
+class FakeChecker:
+    """Passes everything, and counts."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def check(self, text: str) -> Checked:
+        self.seen.append(text)
+        return Checked(grammar=grammar_check.write_library_grammar(text))
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def test_a_text_is_compiled_once_while_it_is_kept() -> None:
+    checker = FakeChecker()
+    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)  # type: ignore[arg-type]
+    for _ in range(3):
+        compiler.compile("regex:a")
+    assert checker.seen == ["regex:a"]
+    for at in range(module.MAX_CACHED):
+        compiler.compile(f"regex:b{at}")
+    assert compiler.get("regex:a") is None
+
+
+def test_a_grammar_whose_masks_cost_too_much_fails_its_request_and_is_refused_after(
+    monkeypatch,
+) -> None:
+    checker = FakeChecker()
+    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)  # type: ignore[arg-type]
+    matcher = compiler.compile("regex:a+").start()
+    monkeypatch.setattr(module, "get_mask_allowance_ns", lambda tokens: 0)
+    with pytest.raises(RequestFailed, match="too costly"):
+        matcher.compute_mask()
+    with pytest.raises(InvalidParameter, match="too costly"):
+        compiler.compile("regex:a+")
+
+
+def test_closing_ends_the_process_that_compiles(compiler) -> None:
+    own = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
+    own.compile("regex:a")
+    process = own._checker._process
+    own.close()
+    assert process.poll() is not None
