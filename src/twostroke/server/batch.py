@@ -10,6 +10,7 @@ through the application as those of the network do, and are refused as they woul
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import uuid
@@ -78,16 +79,15 @@ def open_output(path: Path, lines: list[BatchLine]) -> tuple[int, set[str]]:
         output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise InvalidParameter("output", f"cannot write {path}: {error.strerror}") from None
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, output)
         try:
             fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidParameter("output", f"another process is writing {path}") from None
         done = _read_answered(path, {line.custom_id for line in lines})
         os.ftruncate(output, _find_whole(path))
-    except BaseException:
-        os.close(output)
-        raise
+        undo.pop_all()
     return output, done
 
 
