@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import sub
 
@@ -220,18 +220,20 @@ class Attribution:
     def _read_rows(self, note: _Note) -> tuple[tuple[RowAccount, ...], StepTotals, StepTotals]:
         """The rows, their sums, and the sums of those that decode alone."""
         get_totals = self._counter.get_row_totals
-        rows, sums, decodes = [], list(_NO_TOTALS), list(_NO_TOTALS)
+        rows: list[RowAccount] = []
+        every: list[StepTotals] = []
+        decodes: list[StepTotals] = []
         for row, result in zip(note.plan.rows, note.outcome.results, strict=True):
             count = len(row.tokens)
             prompt = count_prompt(row)
             sampled = max(0 if row.sampling is None else row.drafts + 1, len(row.scored))
             totals = get_totals(count, row.start, min(sampled, count))
-            for at, value in enumerate(totals):
-                sums[at] += value
-                if not prompt:
-                    decodes[at] += value
+            every.append(totals)
+            if not prompt:
+                decodes.append(totals)
             rows.append(RowAccount(row.sequence, row.start, count, prompt, len(result.tokens)))
-        return tuple(rows), StepTotals(*sums), StepTotals(*decodes)
+        whole = _sum(every)
+        return tuple(rows), whole, whole if len(decodes) == len(every) else _sum(decodes)
 
     def _add(self, account: StepAccount) -> None:
         counts, floor = self._counts, account.floor
@@ -253,9 +255,11 @@ class Attribution:
         beside = 1 - account.decode_floor_ns / floor_ns if floor_ns else 0.0
         if prompts and not floor_ns:
             beside = prompts / account.totals.tokens
-        own: Counter[str] = Counter()
+        decode_ns = computed_ns * (1 - beside)
+        own: dict[str, int] = {}
         for row in account.rows:
-            own[row.sequence.request] += row.prompt
+            request = row.sequence.request
+            own[request] = own.get(request, 0) + row.prompt
         for request, tokens in own.items():
             sums = self._live.get(request)
             if sums is None:  # ended while the step ran
@@ -273,7 +277,7 @@ class Attribution:
                 sums.prefill_floor_ns += floor_ns * share
             else:
                 sums.others_ns += computed_ns * beside
-                sums.decode_ns += computed_ns * (1 - beside)
+                sums.decode_ns += decode_ns
                 sums.decode_floor_ns += account.decode_floor_ns
 
 
@@ -281,6 +285,11 @@ def count_prompt(row: Row) -> int:
     """Tokens of a row that are no decode: all but one known token and its drafts, or none."""
     known = len(row.tokens) - row.drafts
     return 0 if known == 1 and row.sampling is not None else known
+
+
+def _sum(totals: Sequence[StepTotals]) -> StepTotals:
+    """The totals of all rows together."""
+    return StepTotals._make(map(sum, zip(*totals, strict=True))) if totals else _NO_TOTALS
 
 
 def _add_all(into: Counter[str], values: Iterable[tuple[str, float]]) -> None:
