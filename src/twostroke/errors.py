@@ -19,7 +19,7 @@ maps this tree to status codes in one place (`server/errors.py`); nothing here k
     │   ├── Overloaded          more was asked than a limit allows now; says when to ask again
     │   ├── SlowReader          a client did not take its output, so its request was ended
     │   ├── ExecutorLost        an executor died or answered out of protocol; carries why
-    │   │   └── StepNotBegun    the same, before it began its step, which is not to blame
+    │   │   └── BlamelessLoss   the same, for a reason that no request can have been
     │   └── RequestFailed       a request ended Failed; carries the reason
     └── DeviceError             the device asked for is unknown or not usable here, with what is
 """
@@ -106,8 +106,8 @@ class ExecutorLost(EngineError):
     """An executor died, was closed, or answered out of protocol."""
 
 
-class StepNotBegun(ExecutorLost):
-    """An executor was lost before it began the step it was given, which is not to blame."""
+class BlamelessLoss(ExecutorLost):
+    """An executor was lost before it began a step, or stopped from outside: no row is to blame."""
 
 
 class RequestFailed(EngineError):

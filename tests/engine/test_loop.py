@@ -11,7 +11,7 @@ from loop_bench import Bench, replace_with
 from twostroke.core.ports import OnDone
 from twostroke.core.types import Cancelled, Failed, Finished, SequenceId, StepPlan
 from twostroke.engine.loop import MAX_LOSSES, LoopPolicy
-from twostroke.errors import EngineClosed, ExecutorLost, StepNotBegun
+from twostroke.errors import EngineClosed, ExecutorLost, BlamelessLoss
 
 
 def test_a_request_runs_to_its_length() -> None:
@@ -221,7 +221,7 @@ def test_who_was_to_run_a_step_that_was_not_begun_is_not_blamed() -> None:
     executors = [FakeExecutor()]
     executors += [FakeExecutor(pool=executors[0].pool) for _ in range(3 * MAX_LOSSES)]
     for executor in executors[:-1]:
-        executor.behave = lambda plan, on_done: on_done(StepNotBegun("it died before"))
+        executor.behave = lambda plan, on_done: on_done(BlamelessLoss("it died before"))
     bench = Bench(executors[0], replace_with(executors[1:]))
     bench.submit("a")
     bench.run()

@@ -19,7 +19,7 @@ from rank_fakes import make_plan
 from tiny_models import TINY_SPECS, VOCAB, make_config
 from tiny_models import run_requests as run_local
 from twostroke.core.types import Failed, Finished, Request, SamplingSpec
-from twostroke.errors import DeviceError, ExecutorLost, StepNotBegun
+from twostroke.errors import DeviceError, ExecutorLost, BlamelessLoss
 from twostroke.exec import child_supervisor
 from twostroke.exec.child_executor import ChildExecutor
 
@@ -119,7 +119,7 @@ def test_a_child_that_dies_idle_is_not_held_against_the_next_step() -> None:
         executor.start(make_plan(0), answers.append)
         while not answers:
             executor.run_pending()
-        assert isinstance(answers[0], StepNotBegun)
+        assert isinstance(answers[0], BlamelessLoss)
         assert executor.is_dead
     finally:
         supervisor.close()

@@ -37,7 +37,7 @@ from twostroke.core.types import (
 from twostroke.engine.constraints import Constraints
 from twostroke.engine.parts import IDLE, INBOX, WAIT, PartTimes
 from twostroke.engine.split import SplitStep, try_split
-from twostroke.errors import EngineClosed, EngineError, ExecutorLost, StepNotBegun
+from twostroke.errors import EngineClosed, EngineError, ExecutorLost, BlamelessLoss
 
 _log = logging.getLogger(__name__)
 
@@ -409,7 +409,7 @@ class EngineLoop:
     def _lose_executor(self, lost: ExecutorLost) -> None:
         """Undo what is in flight and go on with the next executor, or fail what is live."""
         self._listener.executor_lost(lost)
-        is_blamed = self._in_flight and not isinstance(lost, StepNotBegun)
+        is_blamed = self._in_flight and not isinstance(lost, BlamelessLoss)
         suspects = self._in_flight[0].running.rows if is_blamed else ()
         self._undo_steps(str(lost))
         self._executor.close()

@@ -51,8 +51,10 @@ def make_executor(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:
     from twostroke.exec.cpu import CpuRunner
 
     path, identities, sizes, packed = job
-    *counts, element, host_blocks = sizes
-    runner_sizes = RunnerSizes(*counts, KvElement(element), host_blocks)
+    threads, num_blocks, block_tokens, max_step_tokens, element, host_blocks = sizes
+    runner_sizes = RunnerSizes(
+        threads, num_blocks, block_tokens, max_step_tokens, KvElement(element), host_blocks
+    )
     model = open_model(Path(path))
     if tuple(_to_values(each) for each in model.identities) != identities:
         raise CorruptModel(f"{path}: the file was changed since it was first opened")

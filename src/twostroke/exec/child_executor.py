@@ -19,7 +19,7 @@ import numpy as np
 
 from twostroke.core.ports import ExecutorInfo, OnDone
 from twostroke.core.types import BlockId, StepOutcome, StepPlan
-from twostroke.errors import ExecutorLost, StepNotBegun
+from twostroke.errors import ExecutorLost, BlamelessLoss
 from twostroke.exec.child_memory import Bytes, SharedMemory
 from twostroke.exec.child_process import ChildProcess
 from twostroke.exec.child_wire import Broken, Message, Ready, StepLost, encode
@@ -202,7 +202,7 @@ class ChildExecutor:
         what = f"step {self._flights[0].plan.step}" if self._flights else "its start"
         if self._child.is_stopped():
             if self._was_stopped:
-                raise ExecutorLost(f"somebody stopped it (SIGSTOP) during {what}")
+                raise BlamelessLoss(f"somebody stopped it (SIGSTOP) during {what}")
             self._was_stopped = True
             return
         self._was_stopped = False
@@ -225,7 +225,7 @@ class ChildExecutor:
         self._is_dead = self._child.kill(_DEATH_S)
         self._child.end.close()
         if self._flights and self._memory.mapped.get_begun() != self._flights[0].plan.step:
-            lost = StepNotBegun(f"{lost}, which it had not begun")
+            lost = BlamelessLoss(f"{lost}, which it had not begun")
         self._lost = lost
         while self._flights:
             self._flights.popleft().on_done(lost)

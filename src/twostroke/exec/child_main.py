@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import astuple
-from typing import Any
+from typing import Any, NoReturn
 
 from twostroke.core.ports import StepAnswer
 from twostroke.core.types import StepPlan
@@ -69,7 +69,7 @@ def _find_factory(name: str) -> MakeExecutor:
     return factory
 
 
-def _run(end: WaitingEnd[Message], executor: LocalExecutor, memory: MappedMemory) -> None:
+def _run(end: WaitingEnd[Message], executor: LocalExecutor, memory: MappedMemory) -> NoReturn:
     """Takes plans until the parent is gone, which raises PeerGone."""
     while True:
         plan = end.receive()
@@ -78,8 +78,9 @@ def _run(end: WaitingEnd[Message], executor: LocalExecutor, memory: MappedMemory
 
         def answer(answer: StepAnswer, step: int = step) -> None:
             if isinstance(answer, ExecutorLost):
-                answer = StepLost(step, str(answer))
-            end.send(encode(answer))
+                end.send(encode(StepLost(step, str(answer))))
+            else:
+                end.send(encode(answer))
 
         memory.mark_begun(step)
         executor.start(plan, answer)

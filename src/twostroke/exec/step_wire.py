@@ -180,8 +180,8 @@ def _build_result(values: list[Any]) -> RowResult:
 
 
 def _compute_fingerprint() -> int:
-    kinds = (StepPlan, Row, StepOutcome, RowResult, SequenceId, SamplingSpec)
-    kinds += (BlockCopy, BlockSwap, TokenLogprob)
+    kinds: list[type[Any]] = [StepPlan, Row, StepOutcome, RowResult, SequenceId, SamplingSpec]
+    kinds += [BlockCopy, BlockSwap, TokenLogprob]
     facts = [
         (kind.__name__, [(each.name, str(each.type)) for each in fields(kind)]) for kind in kinds
     ]
