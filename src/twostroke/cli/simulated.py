@@ -21,6 +21,7 @@ from twostroke.core.types import SchedulerConfig
 from twostroke.errors import InvalidParameter
 from twostroke.plan.roofline_cost import CAPTURED, EAGER, OURS, Overheads, RooflineCost
 from twostroke.policies.names import ORDERS, PACES, PolicyChoice, build_policies
+from twostroke.policies.watermark import choose_watermark
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import ROUTERS
 from twostroke.spec.catalog import get_known_model, list_known_models
@@ -135,6 +136,7 @@ def build_replica(
         max_rows=max_rows,
         context_tokens=spec.context_tokens,
         vocab_size=spec.vocab_size,
+        watermark_blocks=choose_watermark(hardware.num_blocks, max_rows),
         cache_seed=spec.name if has_prefixes else "",
     )
     policy = _choose_policy(scheduling)
@@ -168,6 +170,11 @@ def build_replica(
         Choice("step budget", f"{step_tokens:,} tokens", _say(options.step_tokens)),
         Choice("rows in a step", f"{max_rows:,}", _say(options.max_rows)),
         Choice("prefix cache", "on" if has_prefixes else "off", cache_reason),
+        Choice(
+            "watermark",
+            f"{config.watermark_blocks:,} blocks",
+            "left free by newcomers: fewer preemptions",
+        ),
     )
     replica = ReplicaSpec(
         scheduler=config,
