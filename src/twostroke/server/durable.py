@@ -69,7 +69,7 @@ class DurableLog:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._open_file()
-            except BaseException:
+            except OSError:
                 os.close(self._lock)
                 raise
         except BlockingIOError:
@@ -119,7 +119,7 @@ class DurableLog:
                 raise OSError(errno.EBADF, "the log was closed meanwhile")
             _write_all(new, b"".join(map(frame, self._carried)))
             os.replace(self._partial, self._path)
-        except BaseException:
+        except OSError:
             if new is not None:
                 os.close(new)
             raise
@@ -146,7 +146,7 @@ def _write_anew(path: Path, payloads: Sequence[bytes]) -> int:
     try:
         _write_all(number, b"".join((MAGIC, *map(frame, payloads))))
         os.fsync(number)  # or a loss of power could leave the new name on an empty file
-    except BaseException:
+    except OSError:
         os.close(number)
         raise
     return number

@@ -217,12 +217,10 @@ class Responses:
         """The messages of the conversation that a response ended, without its instructions."""
         if response_id is None:
             return []
-        try:
-            entry = self._find(request, response_id)
-            self._check_stored(entry)
-        except HTTPException:
+        entry = self._streams.try_find(request, response_id)
+        if entry is None or entry.accepted.kind != RESPONSE or not entry.accepted.facts["stored"]:
             words = f"there is no response {shorten(response_id)!r}, or no longer"
-            raise InvalidParameter("previous_response_id", words) from None
+            raise InvalidParameter("previous_response_id", words)
         if entry.end is None or entry.end.how != FINISHED:
             raise InvalidParameter("previous_response_id", "that response has not finished")
         messages = list(entry.accepted.body["messages"])

@@ -134,12 +134,18 @@ class Streams:
         """Let go of the log; what has not ended is the next process's."""
         self.journal.close()
 
-    def find(self, request: Request, stream_id: str, what: str) -> Entry:
-        """A kept request, for whoever may see it. Raises: HTTPException 404."""
+    def try_find(self, request: Request, stream_id: str) -> Entry | None:
+        """A kept request, for whoever may see it."""
         entry = self.journal.get(stream_id)
         key = get_key(request)
         tenant = key.tenant if key is not None else ""
-        if entry is None or (entry.accepted.cache_scope and entry.accepted.cache_scope != tenant):
+        is_hidden = entry is not None and entry.accepted.cache_scope not in ("", tenant)
+        return None if is_hidden else entry
+
+    def find(self, request: Request, stream_id: str, what: str) -> Entry:
+        """The same. Raises: HTTPException 404."""
+        entry = self.try_find(request, stream_id)
+        if entry is None:
             raise HTTPException(404, f"there is no {what} {shorten(stream_id)!r}, or no longer")
         return entry
 
