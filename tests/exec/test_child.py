@@ -19,7 +19,7 @@ from rank_fakes import make_plan
 from tiny_models import TINY_SPECS, VOCAB, make_config
 from tiny_models import run_requests as run_local
 from twostroke.core.types import Failed, Finished, Request, SamplingSpec
-from twostroke.errors import DeviceError, ExecutorLost, BlamelessLoss
+from twostroke.errors import BlamelessLoss, DeviceError, ExecutorLost
 from twostroke.exec import child_supervisor
 from twostroke.exec.child_executor import ChildExecutor
 

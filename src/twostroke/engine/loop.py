@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -37,12 +37,12 @@ from twostroke.core.types import (
 from twostroke.engine.constraints import Constraints
 from twostroke.engine.parts import IDLE, INBOX, WAIT, PartTimes
 from twostroke.engine.split import SplitStep, try_split
-from twostroke.errors import EngineClosed, EngineError, ExecutorLost, BlamelessLoss
+from twostroke.errors import BlamelessLoss, EngineClosed, EngineError, ExecutorLost
 
 _log = logging.getLogger(__name__)
 
-# A request whose rows were lost so often, the last time alone and with nothing of it committed in
-# between, is taken to be what kills the executors, and fails.
+# A request whose rows were lost so often, with nothing of it committed in between, gets parts of
+# steps for itself; lost alone then, it is taken to be what kills the executors, and fails.
 MAX_LOSSES = 2
 
 # A step is called stalled when it takes so much longer than twice the longest so far.
@@ -381,7 +381,10 @@ class EngineLoop:
             broken: Sequence[tuple[SequenceId, str]] = ()
             if self.constraints is not None:
                 plan, broken = self.constraints.apply(plan)
-            split = try_split(plan, self._losses) if self._losses else None
+            split = None
+            if self._losses:
+                often = [one for one, lost in self._losses.items() if lost >= MAX_LOSSES]
+                split = try_split(plan, often)
             flight = _Flight(plan, self._generation, now_ns, split)
             self._in_flight.append(flight)
             self._listener.step_started(plan, now_ns)
@@ -417,20 +420,20 @@ class EngineLoop:
         if replace is None:
             self._give_up(f"the executor was lost: {lost}")
             return
-        self._blame(dict.fromkeys(row.sequence.request for row in suspects), lost)
+        self._blame(tuple(dict.fromkeys(row.sequence.request for row in suspects)), lost)
         try:
             self._use_executor(replace(lost))
         except ExecutorLost as error:
             self._give_up(f"the executor was lost: {lost}; and not replaced: {error}")
 
-    def _blame(self, request_ids: Iterable[str], lost: ExecutorLost) -> None:
-        """Note a loss of these requests; who has had too many fails."""
+    def _blame(self, request_ids: Sequence[str], lost: ExecutorLost) -> None:
+        """Note a loss of these requests; one that was alone and has had too many fails."""
         for request_id in request_ids:
             if request_id not in self._live:
                 continue
             self._losses[request_id] += 1
-            if self._losses[request_id] >= MAX_LOSSES:
-                reason = f"its steps lost {MAX_LOSSES} executors in a row, the last: {lost}"
+            if self._losses[request_id] >= MAX_LOSSES and len(request_ids) == 1:
+                reason = f"its steps lost {self._losses[request_id]} executors in a row: {lost}"
                 _log.error("request %r failed: %s", request_id, reason)
                 self.cancel(request_id, ending=Failed(reason))
 

@@ -1,9 +1,10 @@
 """A step run in parts, to find out which request's rows lose executors.
 
-After a loss nobody knows whose rows were to blame. So the next step that holds suspects gives each
-of them a part of its own, and all others one together; what an executor dies of then is known. The
-parts' results make up the outcome of the step as planned, bit for bit, because a row's result does
-not depend on who shares its step. Holds plans and results only, and asks nobody for anything.
+After a loss nobody knows whose rows were to blame, and mostly none were: the step is tried again as
+it is. When it is lost again, the next one gives each suspect a part of its own, and all others one
+together; what an executor dies of then is known. The parts' results make up the outcome of the step
+as planned, bit for bit, because a row's result does not depend on who shares its step. Holds plans
+and results only, and asks nobody for anything.
 """
 
 from __future__ import annotations

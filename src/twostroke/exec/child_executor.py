@@ -19,7 +19,7 @@ import numpy as np
 
 from twostroke.core.ports import ExecutorInfo, OnDone
 from twostroke.core.types import BlockId, StepOutcome, StepPlan
-from twostroke.errors import ExecutorLost, BlamelessLoss
+from twostroke.errors import BlamelessLoss, ExecutorLost
 from twostroke.exec.child_memory import Bytes, SharedMemory
 from twostroke.exec.child_process import ChildProcess
 from twostroke.exec.child_wire import Broken, Message, Ready, StepLost, encode
