@@ -12,10 +12,12 @@ import pytest
 from fakes import FakeExecutor, make_parts
 from model_files import make_gguf
 from places import get_model_path
+from step_costs import LinearStepCost
 from twostroke.cli.bench import run_bench
 from twostroke.cli.bench_load import LEAST_REQUESTS, SHARE, settle_load
 from twostroke.cli.bench_replay import build_recorded_policies
 from twostroke.cli.bench_run import draw_prompt, run_load
+from twostroke.cli.bench_steps import list_paces, sum_rows
 from twostroke.cli.bench_table import get_error
 from twostroke.cli.compose import build_engine
 from twostroke.cli.options import MachineOptions, SchedulingOptions
@@ -160,6 +162,26 @@ def test_a_request_that_never_fits_is_counted_and_nobody_waits_for_it() -> None:
     records = measure_recording(run.recording, Policies())
     assert records.count_fates()["rejected"] == 1
     assert records.count_fates()["finished"] == 1
+
+
+def test_the_pace_of_a_run_is_what_its_steps_took_against_their_predictions() -> None:
+    parts = make_parts(FakeExecutor())
+    arrivals = [Arrival(3_000_000 * n, 4 + n, 3 + n % 4) for n in range(10)]
+    run = run_load(parts, arrivals, Header("fake", parts.scheduler.config))
+    cost = LinearStepCost()
+    steps = []
+    for step in list_steps(run.recording):
+        times = 3 if any(len(row.tokens) > 1 for row in step.plan.rows) else 2
+        predicted_ns = cost.predict_ns(sum_rows(step.plan.rows, cost))
+        steps.append(replace(step, duration_ns=times * predicted_ns))
+    paces = {pace.kind: pace for pace in list_paces(steps, cost)}
+    assert list(paces) == ["all", "with prompts", "of decodes alone"]
+    assert 2 < paces["all"].ratio < 3
+    for kind, times in (("with prompts", 3), ("of decodes alone", 2)):
+        found = paces[kind]
+        assert found.ratio == found.fastest == found.slowest == times
+    assert sum(pace.steps for pace in paces.values()) == 2 * len(steps)
+    assert list(list_paces([], cost)) == []
 
 
 # ---- the command --------------------------------------------------------------------------------

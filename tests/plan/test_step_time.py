@@ -238,6 +238,16 @@ def test_what_the_engine_takes_is_added_to_every_step_and_row() -> None:
         assert around == pytest.approx(100_000 + 7_000 * len(rows), abs=1)
 
 
+def test_a_slower_machine_takes_longer_for_every_step_and_no_longer_around_it() -> None:
+    cost = MeasuredCost(GEMMA, replace(FIT, engine_step_ns=100_000.0))
+    for rows in ([(1, 700, 1)], [(200, 900, 0)], [(1, 50, 1)] * 30 + [(256, 300, 1)]):
+        totals = add_rows(cost, rows)
+        slower = cost.slow_down(1.5)
+        assert slower.predict_ns(totals) == pytest.approx(1.5 * cost.predict_ns(totals), rel=1e-6)
+        around = slower.add_engine().predict_ns(totals) - slower.predict_ns(totals)
+        assert around == pytest.approx(100_000, abs=1)
+
+
 def test_one_slow_repeat_changes_nothing() -> None:
     samples = make_samples(MeasuredCost(GEMMA, FIT))
     slow = [(totals, 10 * duration) for totals, duration in samples[::3]]

@@ -2,7 +2,8 @@
 
 Composes three runs of one scheduler: the engine that serves, recorded; the recording replayed plan
 for plan (parity); and the simulator alone, with this machine's calibration and nothing of what was
-measured (fidelity). It looks at the measured run only to print it.
+measured (fidelity). It looks at the measured run only to print it, and to tell how much of an error
+is the machine's: steps that took longer than calibrated, and what the simulator says of such.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from twostroke.cli.bench_load import Load, settle_load
 from twostroke.cli.bench_replay import replay_file
 from twostroke.cli.bench_run import RealRun, run_load
+from twostroke.cli.bench_steps import list_paces
 from twostroke.cli.bench_table import Compared, describe_bench, print_bench
 from twostroke.cli.calibrate import BUDGET_S, run_calibrate
 from twostroke.cli.compose import BuiltEngine, build_engine
@@ -45,7 +47,7 @@ from twostroke.plan.step_time import MeasuredCost
 from twostroke.policies.names import PolicyChoice, build_policies
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
-from twostroke.sim.recorded import measure_recording, replay_recording
+from twostroke.sim.recorded import list_steps, measure_recording, replay_recording
 from twostroke.sim.records import Records
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.results import summarise
@@ -158,10 +160,17 @@ def compare(run: RealRun, load: Load, predictor: Predictor) -> Compared:
     predicted = predictor.simulate(load.arrivals)
     took_s = time.perf_counter() - began
     num_blocks = predictor.config.num_blocks
+    paces = tuple(list_paces(list_steps(run.recording), predictor.cost))
+    paced = predictor
+    if paces:
+        paced = replace(predictor, cost=predictor.cost.slow_down(paces[0].ratio))
+    at_pace = paced.simulate(load.arrivals)
     return Compared(
         replayed=replayed,
         measured=summarise(measured, num_blocks, measured.end_ns / 1e9),
         predicted=summarise(predicted, num_blocks, took_s),
+        at_pace=summarise(at_pace, num_blocks, took_s),
+        paces=paces,
         late_ns=run.late_ns,
         part_seconds=run.stats.part_seconds,
         others_share=run.others_share,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from twostroke.cli.bench_steps import Pace
 from twostroke.cli.settings import Choice
 from twostroke.engine.parts import OVERHEAD
 from twostroke.sim.recorded import Replayed
@@ -27,8 +28,10 @@ _MUCH = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One load three times: replayed, measured and predicted.
+    """One load: replayed, measured and predicted.
 
+    paces: the measured steps against their own predictions. at_pace: predicted for a machine
+    slower by the pace of all steps, which the measured run has told; only explains errors.
     late_ns: how late each request was sent, rising. part_seconds: of the engine's thread.
     others_share: of the cores, what others took during the measured run; spare_share: what the
     engine left them.
@@ -37,6 +40,8 @@ class Compared:
     replayed: Replayed
     measured: Summary
     predicted: Summary
+    at_pace: Summary
+    paces: Sequence[Pace]
     late_ns: Sequence[int]
     part_seconds: Mapping[str, float]
     others_share: float | None
@@ -98,6 +103,7 @@ def list_lines(compared: Compared, fitted: Fitted) -> Iterator[str]:
     if fitted.clipped:
         yield f"{fitted.clipped:,} requests cut to the context, {fitted.clipped_tokens:,} tokens"
     around_s = sum(compared.part_seconds.get(part, 0.0) for part in OVERHEAD)
+    yield from list_pace_lines(compared)
     steps = max(1, compared.measured.use.steps)
     yield f"the engine took {around_s * 1e3 / steps:.3f} ms a step beside the arithmetic"
     if compared.late_ns:
@@ -107,6 +113,23 @@ def list_lines(compared: Compared, fitted: Fitted) -> Iterator[str]:
         line = f"other processes and other guests took {compared.others_share:.1%} of the cores"
         much = compared.others_share > compared.spare_share + _MUCH
         yield line + (": the measured times are theirs too; run again when it is quiet" * much)
+
+
+def list_pace_lines(compared: Compared) -> Iterator[str]:
+    """By how much steps took longer than calibrated, and what the simulator makes of that."""
+    for pace in compared.paces:
+        yield (
+            f"steps {pace.kind}: {pace.steps:,}, took {pace.ratio:.2f} times as long as calibrated"
+            f" ({pace.fastest:.2f} to {pace.slowest:.2f} in tenths of the run)"
+        )
+    errors = []
+    for name, field in _TIMES[:2]:
+        one, two = getattr(compared.at_pace, field), getattr(compared.measured, field)
+        for percentile in ("p50", "p99"):
+            seconds = f"{percentile}_s"
+            error = _format_error(getattr(one, seconds), getattr(two, seconds))
+            errors.append(f"{name} {percentile} {error}")
+    yield f"simulated with all steps so much longer: {', '.join(errors)}"
 
 
 def list_replayed(replayed: Replayed) -> Iterator[str]:
@@ -145,6 +168,8 @@ def describe_bench(
         "predicted": dataclasses.asdict(compared.predicted),
         "measured": dataclasses.asdict(compared.measured),
         "errors": errors,
+        "at_pace": dataclasses.asdict(compared.at_pace),
+        "paces": [dataclasses.asdict(pace) for pace in compared.paces],
         "replayed": describe_replayed(compared.replayed),
         "clipped": dataclasses.asdict(fitted),
         "sent_late_ms": compared.late_ns[-1] / 1e6 if compared.late_ns else 0.0,

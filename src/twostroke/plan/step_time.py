@@ -106,6 +106,20 @@ class MeasuredCost:
         )
         return MeasuredCost(self._work, whole)
 
+    def slow_down(self, ratio: float) -> MeasuredCost:
+        """The same on a machine whose steps take `ratio` times as long; not what is around them."""
+        fit = self.fit
+        slower = replace(
+            fit,
+            token_ns=tuple(ratio * each for each in fit.token_ns),
+            sampled_ns=tuple(ratio * each for each in fit.sampled_ns),
+            row_ns=ratio * fit.row_ns,
+            decode_pair_ns=ratio * fit.decode_pair_ns,
+            prompt_pair_ns=ratio * fit.prompt_pair_ns,
+            prompt_key_ns=ratio * fit.prompt_key_ns,
+        )
+        return MeasuredCost(self._work, slower)
+
     def predict_ns(self, totals: StepTotals) -> int:
         """Time of one step."""
         layers_ns, head_ns = self._tokens.get(totals.tokens), self._sampled.get(totals.sampled)
