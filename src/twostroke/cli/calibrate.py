@@ -47,7 +47,7 @@ from twostroke.spec.work import StepTotals, add_totals
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUDGET_S = 40.0
+BUDGET_S = 16.0  # about 20 with the beginning and the engine
 _LEAST_ROUNDS = 4
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
@@ -96,8 +96,8 @@ _BETWEEN = (
     (4, 400, 60, 300),
     (16, 100, 150, 700),
 )
-# Never fitted either: so many prompts at once, of so many tokens, as they come in bursts.
-_SEVERAL = ((3, 150), (8, 60))
+# So many prompts at once, of so many tokens, as they come in bursts: fitted, and never fitted.
+_SEVERAL = ((4, 60, True), (16, 15, True), (8, 30, False), (8, 60, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -
         build_plan(each.cell, step, spec.vocab_size, settings.block_tokens)
         for step, each in enumerate(measured)
     ]
-    chosen = warm_up(executor, measured, plans, budget_s / _LEAST_ROUNDS)
+    chosen = warm_up(executor, measured, plans, budget_s / 2)
     measured, plans = [measured[at] for at in chosen], [plans[at] for at in chosen]
     begin, rounds, disturbed = time.monotonic(), 0, 0
     while rounds < _MOST_ROUNDS:
@@ -279,8 +279,8 @@ def list_cells(spec: ModelSpec, settings: ResolvedSettings) -> Iterator[Cell]:
         prompt = ((new, start, 0),) if new else ()
         kind = "mixed" if rows and new else "decode" if rows else "prefill"
         cells.append(Cell(kind, ((1, before, 1),) * rows + prompt, is_fitted=False))
-    for prompts, tokens in _SEVERAL:
-        cells.append(Cell("prefill", ((tokens, 0, 1),) * prompts, is_fitted=False))
+    for prompts, tokens, is_fitted in _SEVERAL:
+        cells.append(Cell("prefill", ((tokens, 0, 1),) * prompts, is_fitted))
     return (cell for cell in cells if fits(cell))
 
 
