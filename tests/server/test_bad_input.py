@@ -273,23 +273,25 @@ def check_shape(reply: httpx.Response) -> None:
     assert error["type"] in ("invalid_request_error", "server_error")
 
 
-def find_routes() -> list[APIRoute]:
-    """Every route of an application."""
+def find_routes() -> dict[str, set[str]]:
+    """The paths of an application, with the methods that each takes."""
     app = create_app(ScriptedLLM(), ServerSettings())  # type: ignore[arg-type]
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     assert len(routes) == len(app.routes) >= 6
-    return routes
+    methods: dict[str, set[str]] = {}
+    for route in routes:
+        methods.setdefault(route.path, set()).update(route.methods or ())
+    return methods
 
 
-@pytest.mark.parametrize("route", find_routes(), ids=lambda route: route.path)
-def test_every_route_refuses_what_it_does_not_take(http: httpx.Client, route: APIRoute) -> None:
-    path = route.path.replace("{name:path}", "x")
-    for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"):
-        if method in (route.methods or ()):
-            continue
-        reply = http.request(method, path, content=b"{}", headers=JSON)
+@pytest.mark.parametrize(("path", "taken"), find_routes().items())
+def test_every_route_refuses_what_it_does_not_take(
+    http: httpx.Client, path: str, taken: set[str]
+) -> None:
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - taken:
+        reply = http.request(method, path.replace("{name:path}", "x"), content=b"{}", headers=JSON)
         assert reply.status_code == 405
-        assert reply.headers["allow"] == "".join(route.methods or ())
+        assert set(reply.headers["allow"].split(", ")) <= taken
         check_shape(reply)
 
 

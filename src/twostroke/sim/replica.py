@@ -301,7 +301,8 @@ class Replica:
         samples, now_ns, held = self._records.samples, self._clock.now_ns(), begun.held_blocks
         begins_ns, starts, early = [begun.time_ns], list[int](), 0
         if plan.iterations > 1:
-            times_ns = outcome.iteration_ns
+            # A step that was run in parts made one iteration, whatever was planned.
+            times_ns = outcome.iteration_ns or (outcome.duration_ns,)
             begins_ns = [*accumulate(times_ns, initial=now_ns - outcome.duration_ns)][:-1]
             begins_ns[0] = begun.time_ns
             starts = [row.start for row in plan.rows]
