@@ -64,8 +64,10 @@ unit: setup lint $(STAMPS)/torch
 dst: setup  ## Simulate SEEDS (10000) random worlds of arrivals and faults under every law; SEED=n replays one.
 	@PYTHONPATH=tests $(BIN)/python -m dst $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --from $(FROM) --jobs 2)
 
-docs: setup  ## Write docs/reference/cli.md anew from the commands themselves.
+docs: setup  ## Write anew what is made from the code: the command line, the claims, the notebooks.
 	@$(BIN)/python -m twostroke.cli.reference > docs/reference/cli.md
+	@$(BIN)/python -m twostroke.lab.claims > docs/claims.md
+	@$(BIN)/python -m twostroke.lab.notebooks docs/lab
 
 bench: setup  ## Measure MODEL beside this machine's limits and every installed peer (BENCH=options).
 	@case "$$MODEL" in *-synthetic) ;; *) $(BIN)/twostroke pull "$$MODEL";; esac

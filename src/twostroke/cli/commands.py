@@ -28,6 +28,7 @@ from twostroke.cli.options import (
 from twostroke.cli.question_options import (
     BatchOptions,
     BenchOptions,
+    LabOptions,
     LoadOptions,
     PlanOptions,
     RooflineOptions,
@@ -168,6 +169,13 @@ def advise(options: AdviseOptions) -> None:
     run_advise(options)
 
 
+def lab(options: LabOptions) -> None:
+    """Learn what the engine does: eleven experiments with their pictures, and exercises."""
+    from twostroke.cli.lab import run_lab
+
+    run_lab(options)
+
+
 COMMANDS = {
     "batch": Command(batch, (BatchOptions, MachineOptions)),
     "pull": Command(pull, (ModelOption,)),
@@ -182,6 +190,7 @@ COMMANDS = {
     "advise": Command(advise, (AdviseOptions,)),
     "explain": Command(explain, (ExplainOptions, MachineOptions)),
     "key": Command(key, (KeyOptions,)),
+    "lab": Command(lab, (LabOptions,)),
     "plan": Command(plan, (PlanOptions,)),
     "roofline": Command(roofline, (RooflineOptions,)),
     "simulate": Command(

@@ -332,3 +332,42 @@ class BatchOptions:
             metavar="OUT.JSONL",
         )
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabOptions:
+    """Which unit, and whether it is run or asks."""
+
+    what: str | None = field(
+        default=None,
+        metadata=show(
+            'A unit\'s number to run it, or "exercise" before one; without, units are listed.',
+            is_argument=True,
+            metavar="[N | exercise]",
+        ),
+    )
+    unit: str | None = field(
+        default=None,
+        metadata=show("The unit that asks.", is_argument=True, metavar="[N]"),
+    )
+    answer: str | None = field(
+        default=None,
+        metadata=show('What you answer, with its unit, as in "3.36 GB"; needs --seed.'),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=show("Which question is drawn.", default="another each time", least=0),
+    )
+    model: str = field(
+        default="smollm2-135m",
+        metadata=show("What units on the real engine run.", metavar="NAME"),
+    )
+    threads: int | None = field(
+        default=None, metadata=show("Threads that compute.", default="physical cores", least=1)
+    )
+    output: list[str] | None = field(
+        default=None,
+        metadata=show(
+            "Write the unit's picture (.png, .svg); may be given several times.", metavar="FILE"
+        ),
+    )

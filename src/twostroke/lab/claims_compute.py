@@ -72,7 +72,8 @@ def _check_times(evidence: Evidence) -> Claim:
         "Prefill of 512 tokens against one decode step",
         "GPT-3 175B 2.3 s / 23 ms (100:1); LLaMA-2 70B 1.1 s / 15 ms (73:1); 13B 180 / 3.2 ms "
         "(56:1); 7B 95 / 1.8 ms (53:1).",
-        "A decode step reads every weight once, so it cannot be shorter than the weights' bytes over "
+        "A decode step reads every weight once, so it cannot be shorter than the weights' bytes "
+        "over "
         "the bandwidth. On one device the claimed times are below that nearly everywhere; devices "
         "that share a model shorten both strokes alike. The prefill times are several times above "
         "their floors; the ratio of the two is a few, not fifty.",

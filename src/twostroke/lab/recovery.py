@@ -1,0 +1,62 @@
+"""Unit 9: recovery from failures, by checkpoints and by replaying the tokens."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from twostroke.lab.machines import open_station
+from twostroke.lab.question import Question
+from twostroke.lab.unit import Curves, Findings, Setup
+from twostroke.plan.recovery import plan_checkpoints, plan_replay
+
+IDEA = """A dead worker takes its keys and values with it. Checkpoints save them every so often:
+the best interval is √(2·C·M) for a checkpoint of C seconds and a failure every M (Young 1974), so
+there is none without a rate of failures. An engine can also keep only the tokens, four bytes
+each, and compute the rest again: that costs nothing until something fails."""
+_CHECKPOINT_S, _RESTART_S, _ROWS, _TOKENS = 0.05, 2.0, 32, 1024
+_FAILURES = {"hour": 3600.0, "day": 86_400.0, "week": 604_800.0, "month": 2_628_000.0}
+
+
+def run(setup: Setup) -> Findings:
+    """Overhead of both by how often something fails."""
+    prefill_s = open_station("llama-2-7b", "a100-80gb").predict_s(1, _TOKENS, 0)
+    saved, replayed, lines = [], [], []
+    for name, failure_s in _FAILURES.items():
+        best = plan_checkpoints(_CHECKPOINT_S, failure_s, _RESTART_S)
+        replay = plan_replay(prefill_s, _ROWS, failure_s, _RESTART_S)
+        saved.append(100 * best.overhead)
+        replayed.append(100 * replay.overhead)
+        lines.append(
+            f"a failure every {name}: checkpoint every {best.interval_s:.0f} s, overhead "
+            f"{best.overhead:.3%}; replay {replay.rework_s:.1f} s of work, overhead "
+            f"{replay.overhead:.4%}"
+        )
+    hours = [seconds / 3600 for seconds in _FAILURES.values()]
+    picture = Curves(
+        f"{_ROWS} requests of {_TOKENS:,} tokens, llama-2-7b on an A100-80GB; checkpoints of 50 ms",
+        ("hours between failures (logarithmic)", "overhead, % of all time (logarithmic)"),
+        {"checkpoints, best interval": (hours, saved), "replay of the tokens": (hours, replayed)},
+    )
+    return Findings(lines, {"checkpoints": saved[1], "replay": replayed[1]}, picture.draw)
+
+
+def ask_interval(checkpoint_ms: int, failure_hours: int) -> Question:
+    """Young's interval."""
+    checkpoint_s, failure_s = checkpoint_ms / 1e3, failure_hours * 3600.0
+    young_s = plan_checkpoints(checkpoint_s, failure_s, 0.0).young_s
+    assert math.isfinite(young_s)
+    return Question(
+        f"A checkpoint takes {checkpoint_ms} ms and something fails every {failure_hours} hours in "
+        "the "
+        "mean. What is the best interval, to first order?",
+        young_s,
+        "s",
+        f"τ = √(2·C·M) = √(2 · {checkpoint_s:g} s · {failure_s:,.0f} s) = {young_s:.1f} s (Young "
+        "1974).",
+    )
+
+
+def draw_interval(rng: random.Random) -> Question:
+    """The same with other numbers."""
+    return ask_interval(rng.choice((20, 50, 80, 200, 500)), rng.choice((1, 6, 12, 24, 100)))
