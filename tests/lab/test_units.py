@@ -87,6 +87,12 @@ def test_a_shorter_budget_shortens_pauses_and_lengthens_the_prompt() -> None:
     assert numbers["ttft_512_ms"] < 2 * numbers["pause_whole_ms"]
 
 
+def test_a_dead_executor_costs_a_pause_and_no_request() -> None:
+    numbers = find_unit(9).run(Setup()).numbers
+    assert numbers["finished"] == 32
+    assert 2 <= numbers["late_s"] < 2.5
+
+
 def test_quantised_weights_shorten_decode_and_not_prefill() -> None:
     numbers = find_unit(10).run(Setup()).numbers
     assert numbers["q4_0: decode"] < numbers["bf16: decode"] / 2

@@ -19,6 +19,7 @@ from twostroke.plan.roofline_cost import CAPTURED, Overheads, RooflineCost
 from twostroke.policies.names import PolicyChoice, build_policies
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
+from twostroke.sim.faults import Fault
 from twostroke.sim.records import Records
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import make_router
@@ -131,9 +132,11 @@ def build_replica(
     )
 
 
-def simulate(replica: ReplicaSpec, arrivals: Iterable[Arrival], count: int = 1) -> Records:
+def simulate(
+    replica: ReplicaSpec, arrivals: Iterable[Arrival], count: int = 1, faults: Iterable[Fault] = ()
+) -> Records:
     """Let all arrivals pass through `count` such replicas behind one router."""
-    return Cluster(replica, count, make_router("least-tokens", count)).run(arrivals)
+    return Cluster(replica, count, make_router("least-tokens", count), faults).run(arrivals)
 
 
 def draw_arrivals(count: int, rate: float, lengths: tuple[int, int], seed: int) -> list[Arrival]:

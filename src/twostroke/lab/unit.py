@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MARKS = ("o", "s", "^", "D", "v")
 INKS = ("0.0", "0.35", "0.6", "0.75", "0.85")
 PICTURES = (".png", ".svg")
+_FEW_LABELS = 1000  # of a logarithmic axis: below this ratio powers of ten are too few
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ class Curves:
         save_figure(self._fill, path)
 
     def _fill(self, figure: Figure) -> None:
+        from matplotlib.ticker import LogLocator
+
         axes = figure.subplots()
         axes.set_xscale(self.scales[0])
         axes.set_yscale(self.scales[1])
@@ -117,6 +120,10 @@ class Curves:
             if axis.get_scale() == "log":
                 axis.set_major_formatter(lambda value, _: f"{value:,g}")
                 axis.set_minor_formatter(lambda value, _: "")
+        low, high = axes.get_ylim()
+        if self.scales[1] == "log" and high < _FEW_LABELS * low:
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,g}")
         if self.ticks:
             axes.set_xticks(self.ticks)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -33,7 +33,7 @@ def list_units() -> tuple[Unit, ...]:
         ("Chunked prefill", chunking, SIMULATOR, (chunking.draw_steps,)),
         ("Disaggregation and its true cost", disaggregation, SIMULATOR,
          (disaggregation.draw_transfer,)),
-        ("Failure recovery", recovery, NUMBERS, (recovery.draw_interval,)),
+        ("Failure recovery", recovery, SIMULATOR, (recovery.draw_interval,)),
         ("Quantisation", quantisation, NUMBERS, (quantisation.draw_size,)),
         ("Speculation", speculation, ENGINE, (speculation.draw_tokens,)),
     )  # fmt: skip
