@@ -39,9 +39,8 @@ def build_compute_claims(evidence: Evidence) -> list[Claim]:
 
 def _check_times(evidence: Evidence) -> Claim:
     lines = [
-        "| model | claimed decode | bytes of weights | bandwidth it needs | known devices that "
-        "have it "
-        "| claimed ratio | floors on one A100-80GB | their ratio |",
+        "| model | claimed decode | bytes of weights | bandwidth it needs | single devices that "
+        "have it | claimed ratio | floors on one A100-80GB | their ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, (prefill_s, decode_s) in _CLAIMED.items():

@@ -59,7 +59,7 @@ def grade(question: Question, answer: str) -> Grade:
     if off <= question.tolerance + 1e-12:
         return Grade(True, "Right.")
     told = f"Not right: {format_value(question.answer, question.unit)}"
-    return Grade(False, f"{told}; yours is {off:.2g} of that off." if off < 1 else f"{told}.")
+    return Grade(False, f"{told}; yours is {off:.1%} off." if off < 1 else f"{told}.")
 
 
 def format_value(value: float, unit: str) -> str:
