@@ -17,6 +17,7 @@ from loopback import run_server
 from twostroke.core.ports import OnDone
 from twostroke.core.types import StepPlan
 from twostroke.engine.async_llm import AsyncLLM
+from twostroke.server.responses_input import build_chat_body
 from twostroke.server.settings import ServerSettings
 from twostroke.text.chat import ChatTemplate
 
@@ -211,6 +212,23 @@ def test_what_is_wrong_is_refused_by_name(shared: Stack, fields: Any, param: str
     reply = shared.http.post("/v1/responses", json={"model": "fake", "input": "hi", **fields})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "-1", "", "1.5"])
+def test_a_number_in_a_query_is_digits(shared: Stack, number: str) -> None:
+    path = f"/v1/responses/{create(shared).id}"
+    for query in ({"stream": "true", "starting_after": number}, {"limit": number}):
+        where = path if "stream" in query else f"{path}/input_items"
+        reply = shared.http.get(where, params=query)
+        assert reply.status_code == 400, (where, reply.text[:200])
+        assert reply.json()["error"]["param"] in query
+
+
+def test_calls_one_at_a_time_are_asked_of_the_chat(shared: Stack) -> None:
+    fields = {"model": "fake", "parallel_tool_calls": False}
+    assert build_chat_body(fields, [], [])["parallel_tool_calls"] is False
+    assert create(shared, parallel_tool_calls=False).parallel_tool_calls is False
+    assert create(shared).parallel_tool_calls is True
 
 
 def test_a_stream_in_the_background_is_read_again_after_its_reader_went(fresh: Stack) -> None:

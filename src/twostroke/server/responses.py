@@ -113,7 +113,7 @@ class ResponseWriter:
             "metadata": asked.get("metadata") or {},
             "model": self._head["model"],
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.get("parallel_tool_calls", True),
             "previous_response_id": asked.get("previous_response_id"),
             "reasoning": None,
             "store": asked.get("store", True),

@@ -121,7 +121,7 @@ class Responses:
         entry = self._find(request, response_id)
         if request.query_params.get("stream") == "true":
             after = request.query_params.get("starting_after")
-            if after is not None and not after.isdigit():
+            if after is not None and not _is_number(after):
                 raise InvalidParameter("starting_after", "must be the number of an event")
             return self._tell(entry, parse_event_id(after or request.headers.get("last-event-id")))
         self._check_stored(entry)
@@ -151,7 +151,7 @@ class Responses:
             items.reverse()
         ids = [item["id"] for item in items]
         after, limit = request.query_params.get("after"), request.query_params.get("limit", "20")
-        if not limit.isdigit() or not 1 <= int(limit) <= MAX_LISTED:
+        if not _is_number(limit) or not 1 <= int(limit) <= MAX_LISTED:
             raise InvalidParameter("limit", f"must be from 1 to {MAX_LISTED}")
         if after is not None and after not in ids:
             raise InvalidParameter("after", "must be the id of an item")
@@ -237,6 +237,11 @@ class Responses:
     def _check_stored(self, entry: Entry) -> None:
         if not entry.accepted.facts["stored"]:
             raise HTTPException(404, f"the response {entry.accepted.id!r} was not stored")
+
+
+def _is_number(text: str) -> bool:
+    """True for digits that `int` reads; it refuses thousands of them, and not all in Unicode."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def _get_bad_status(entry: Entry) -> str:

@@ -17,11 +17,14 @@ LOGPROBS = "message.output_text.logprobs"
 # Cannot change the text of an answer.
 _IGNORED = frozenset(
     (
-        *("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
         *("service_tier", "stream_options"),
     )
 )
-_PASSED = ("model", "temperature", "top_p", "seed", "stop", "user", "priority")
+_PASSED = (
+    *("model", "temperature", "top_p", "seed", "stop", "user", "priority"),
+    "parallel_tool_calls",
+)
 _KNOWN = frozenset(
     (
         *_PASSED,
@@ -37,6 +40,7 @@ _TYPES: Mapping[str, tuple[type, str]] = {
     "store": (bool, "true or false"),
     "background": (bool, "true or false"),
     "stream": (bool, "true or false"),
+    "parallel_tool_calls": (bool, "true or false"),
     "metadata": (dict, "an object of strings"),
     "include": (list, "an array of strings"),
     "tools": (list, "an array of tools"),
