@@ -60,3 +60,28 @@ def draw_blocks(rng: random.Random) -> Question:
     return ask_blocks(
         [rng.randint(10, 400) for _ in range(rng.randint(3, 5))], rng.choice((8, 16, 32))
     )
+
+
+def ask_share(mean: int, longest: int, block: int) -> Question:
+    """Share of the memory held that is in use: reserved for the longest, or paged."""
+    share = 100 * mean / (mean + (block - 1) / 2)
+    return Question(
+        f"Requests hold {mean:,} tokens in the mean, of any length up to {longest:,}. Reserved for "
+        "the "
+        f"longest, {mean / longest:.1%} of the memory would be in use. How much is it with blocks "
+        "of "
+        f"{block}?",
+        share,
+        "%",
+        f"The last block of each is as likely to end anywhere: ({block} − 1) / 2 = "
+        f"{(block - 1) / 2:g} places are empty in the mean, {mean:,} / ({mean:,} + "
+        f"{(block - 1) / 2:g}) = {share:.2f} %.",
+        tolerance=0.002,
+    )
+
+
+def draw_share(rng: random.Random) -> Question:
+    """The same with other numbers."""
+    return ask_share(
+        rng.randint(10, 60) * 10, rng.choice((2048, 4096, 8192)), rng.choice((16, 32, 64))
+    )

@@ -85,4 +85,22 @@ def ask_interval(checkpoint_ms: int, failure_hours: int) -> Question:
 
 def draw_interval(rng: random.Random) -> Question:
     """The same with other numbers."""
-    return ask_interval(rng.choice((20, 50, 80, 200, 500)), rng.choice((1, 6, 12, 24, 100)))
+    return ask_interval(rng.choice((20, 50, 80, 200, 500)), rng.choice((2, 6, 12, 24, 100)))
+
+
+def ask_overhead(checkpoint_ms: int, token_ms: int, tokens: int) -> Question:
+    """What checkpoints cost while nothing fails."""
+    share = 100 * checkpoint_ms / (token_ms * tokens)
+    return Question(
+        f"A checkpoint takes {checkpoint_ms} ms and is made every {tokens} tokens of {token_ms} "
+        "ms. How "
+        "large is the overhead, in per cent of the time between two of them?",
+        share,
+        "%",
+        f"{checkpoint_ms} ms / ({tokens} · {token_ms} ms) = {share:.2f} %.",
+    )
+
+
+def draw_overhead(rng: random.Random) -> Question:
+    """The same with other numbers."""
+    return ask_overhead(rng.choice((20, 50, 80)), rng.choice((10, 20, 25)), rng.randint(2, 40) * 10)

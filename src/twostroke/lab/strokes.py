@@ -59,3 +59,25 @@ def ask_decode_floor(model: str, device: str) -> Question:
 def draw_decode_floor(rng: random.Random) -> Question:
     """The same of some model on some device."""
     return ask_decode_floor(rng.choice(_MODELS), rng.choice(_DEVICES))
+
+
+def ask_prefill_floor(model: str, device: str, tokens: int) -> Question:
+    """The least time of a prefill: 2·N·S over the 16-bit rate."""
+    parameters, rate = get_known_model(model).num_weights, get_known_device(device).get_rate("f16")
+    billions = round(parameters / 1e9, 2)
+    seconds = 2 * billions * 1e9 * tokens / rate
+    return Question(
+        f"{model} has {billions:g} billion parameters, {device} computes {rate / 1e12:g} TFLOP/s "
+        "in "
+        f"16 bits. What is the least time of a prompt of {tokens:,} tokens, attention left out?",
+        seconds,
+        "s",
+        f"A multiply-add a parameter and token: 2 · {billions:g}e9 · {tokens:,} / "
+        f"{rate / 1e12:g}e12 = "
+        f"{seconds * 1e3:.2f} ms.",
+    )
+
+
+def draw_prefill_floor(rng: random.Random) -> Question:
+    """The same of some model on some device."""
+    return ask_prefill_floor(rng.choice(_MODELS), rng.choice(_DEVICES), rng.randint(5, 40) * 100)

@@ -24,16 +24,18 @@ NUMBERS, SIMULATOR, ENGINE = "numbers", "simulator", "engine"
 def list_units() -> tuple[Unit, ...]:
     """All units, first to last."""
     rows = (
-        ("The two strokes", strokes, NUMBERS, (strokes.draw_decode_floor,)),
+        ("The two strokes", strokes, NUMBERS,
+         (strokes.draw_decode_floor, strokes.draw_prefill_floor)),
         ("The roofline", roofline, NUMBERS, (roofline.draw_bound,)),
         ("KV arithmetic", kv_arithmetic, NUMBERS, (kv_arithmetic.draw_kv, kv_arithmetic.draw_fit)),
         ("Static, continuous, every iteration", batching, ENGINE, (batching.draw_steps,)),
-        ("PagedAttention", paging, SIMULATOR, (paging.draw_blocks,)),
+        ("PagedAttention", paging, SIMULATOR, (paging.draw_blocks, paging.draw_share)),
         ("FlashAttention", flash, NUMBERS, (flash.draw_scores,)),
         ("Chunked prefill", chunking, SIMULATOR, (chunking.draw_steps,)),
         ("Disaggregation and its true cost", disaggregation, SIMULATOR,
          (disaggregation.draw_transfer,)),
-        ("Failure recovery", recovery, SIMULATOR, (recovery.draw_interval,)),
+        ("Failure recovery", recovery, SIMULATOR,
+         (recovery.draw_interval, recovery.draw_overhead)),
         ("Quantisation", quantisation, NUMBERS, (quantisation.draw_size,)),
         ("Speculation", speculation, ENGINE, (speculation.draw_tokens,)),
     )  # fmt: skip
