@@ -13,6 +13,8 @@ from model_files import make_gguf
 from tiny_models import TINY_SPECS
 from twostroke.cli.calibrate import (
     Calibration,
+    Cell,
+    Measured,
     build_plan,
     build_table,
     calibrate,
@@ -28,6 +30,7 @@ from twostroke.exec.local import LocalExecutor
 from twostroke.plan.step_time import MeasuredCost, RooflineCost
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.model import ModelSpec
+from twostroke.spec.work import StepTotals
 from twostroke.weights.gguf import ValueType
 
 SPEC = get_known_model("smollm2-135m", "q4_1")
@@ -94,6 +97,18 @@ def test_every_round_runs_every_step_in_an_order_of_its_own() -> None:
     orders = [get_order(63, turn) for turn in range(24)]
     assert all(sorted(order) == list(range(63)) for order in orders)
     assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_disturbed_rounds_count_only_where_nothing_else_was_seen() -> None:
+    step = Measured(
+        Cell("decode", ((1, 0, 1),)),
+        StepTotals(),
+        [[9, 9], [2], [1], [8], [3]],
+        [False, False, True, False, True],
+    )
+    assert step.get_times_ns(0, 1) == [1, 3]
+    assert step.get_times_ns(0, 2) == [1, 3]
+    assert step.get_times_ns(1, 2) == [2, 8]
 
 
 def test_a_calibration_measures_fits_and_tells(

@@ -111,15 +111,25 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step that was measured: its totals, and nanoseconds of each repeat, by rounds."""
+    """A step that was measured: its totals, and nanoseconds of each repeat, by rounds.
+
+    are_quiet: whether other processes left it the cores, by rounds.
+    """
 
     cell: Cell
     totals: StepTotals
     rounds_ns: list[list[int]] = field(default_factory=list)
+    are_quiet: list[bool] = field(default_factory=list)
 
     def get_times_ns(self, first: int, stride: int) -> list[int]:
-        """Times of every `stride`th round from round `first` on."""
-        return [each for times_ns in self.rounds_ns[first::stride] for each in times_ns]
+        """Times of every `stride`th round from round `first` on, of quiet ones if any were."""
+        chosen = self.rounds_ns[first::stride]
+        quiet = [
+            times_ns
+            for times_ns, is_quiet in zip(chosen, self.are_quiet[first::stride], strict=True)
+            if is_quiet
+        ]
+        return [each for times_ns in quiet or chosen for each in times_ns]
 
     def get_held_out_ns(self) -> float:
         """Its time in the even rounds."""
@@ -204,6 +214,7 @@ def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -
             repeats = _REPEATS if measured[at].totals.tokens <= _SHORT else 1
             times_ns, is_quiet = repeat_step(executor, plans[at], repeats, settings.threads)
             measured[at].rounds_ns.append(times_ns)
+            measured[at].are_quiet.append(is_quiet)
             disturbed += not is_quiet
         rounds += 1
         spent = time.monotonic() - begin
@@ -319,7 +330,7 @@ def repeat_step(
     """Times of a step run `repeats` times, without the first of several, and whether other
     processes left it the cores.
 
-    Where they did not it is run again; what stays disturbed counts.
+    Where they did not it is run again; what stays disturbed counts where nothing else was seen.
     """
     times_ns, is_quiet = list[int](), False
     for _ in range(_TRIES):
