@@ -54,6 +54,11 @@ class ScriptedHealth:
     reason: str | None
     live: int
     stalled_s: float = 0.0
+    stall: str | None = None
+
+    @property
+    def state(self) -> str:
+        return "live" if self.stall is None else "stalled"
 
 
 class ByteTokenizer:
@@ -140,6 +145,7 @@ class ScriptedLLM:
         self.refusal: Exception | None = None  # raised by submit
         self.dead: str | None = None
         self.stalled_s = 0.0
+        self.stall: str | None = None
         self.cached_tokens = 0
         self.timings = RequestTimings(0, 0, 0, 0, 0, 0, 0, 0)
         self.seen: list[tuple[Any, SamplingParams, int]] = []
@@ -226,7 +232,8 @@ class ScriptedLLM:
         return EngineLoad(self.waiting, len(self.live), self.metrics.num_ended)
 
     def health(self) -> ScriptedHealth:
-        return ScriptedHealth(self.dead is None, self.dead, len(self.live), self.stalled_s)
+        live = len(self.live)
+        return ScriptedHealth(self.dead is None, self.dead, live, self.stalled_s, self.stall)
 
     def close(self) -> None:
         self.closed_times += 1

@@ -37,11 +37,24 @@ def scrape(http: httpx.Client) -> dict[str, Metric]:
 def test_health_follows_the_engine(server: Running, http: httpx.Client) -> None:
     reply = http.get("/health")
     assert reply.status_code == 200
-    assert reply.json() == {"status": "live", "live": 0, "stalled_s": 0.0}
+    assert reply.json() == {"status": "live", "live": 0, "stalled_s": 0.0, "reason": None}
     server.engine.dead = "its executor died three times"
     reply = http.get("/health")
     assert reply.status_code == 503
     assert "its executor died three times" in reply.json()["error"]["message"]
+
+
+def test_an_engine_that_is_held_up_says_by_what_and_is_not_ready(
+    server: Running, http: httpx.Client
+) -> None:
+    server.engine.stall = "the executor is being replaced"
+    health = http.get("/health")
+    assert health.status_code == 200
+    assert health.json()["status"] == "stalled"
+    assert health.json()["reason"] == server.engine.stall
+    ready = http.get("/ready")
+    assert ready.status_code == 503
+    assert server.engine.stall in ready.json()["error"]["message"]
 
 
 def test_an_engine_that_makes_no_steps_is_stalled_and_not_ready(

@@ -192,6 +192,9 @@ class _Api:
         if self._traffic.is_draining:
             raise EngineClosed("the server is shutting down")
         await self.check_health()
+        stall = self._served.engine.health().stall
+        if stall is not None:
+            raise EngineClosed(f"the engine is stalled: {stall}")
         return _reply({"status": "ready"})
 
     async def check_health(self) -> Response:
@@ -203,7 +206,8 @@ class _Api:
             raise EngineClosed(
                 f"the engine is stalled: no step for {health.stalled_s:.1f} s, {waiting}"
             )
-        return _reply({"status": "live", "live": health.live, "stalled_s": health.stalled_s})
+        told = {"status": health.state, "live": health.live, "stalled_s": health.stalled_s}
+        return _reply({**told, "reason": health.stall})
 
     async def get_metrics(self) -> Response:
         return Response(render_metrics(self._collector), media_type=CONTENT_TYPE)
