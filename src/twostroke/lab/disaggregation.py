@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twostroke.lab.machines import build_replica, draw_arrivals, open_station, simulate
 from twostroke.lab.question import Question
@@ -57,7 +58,7 @@ def run(setup: Setup) -> Findings:
     return Findings(lines, numbers, picture.draw)
 
 
-def _get_p90_ms(seconds: np.ndarray) -> float:
+def _get_p90_ms(seconds: NDArray[np.float64]) -> float:
     return float(np.nanpercentile(seconds, 90)) * 1e3
 
 

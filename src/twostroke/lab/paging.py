@@ -20,7 +20,8 @@ def run(setup: Setup) -> Findings:
     """The same load with 4,096 tokens reserved for each request, and paged."""
     station = open_station("llama-2-7b", "a100-80gb")
     arrivals = draw_arrivals(300, 0, (256, 256), 5)
-    curves, numbers, lines = {}, {}, []
+    curves, lines = {}, []
+    numbers: dict[str, float] = {}
     for name, reserve in (("4,096 reserved each", _LONGEST), ("paged", 0)):
         records = simulate(build_replica(station, reserve_tokens=reserve), arrivals)
         columns, samples = records.get_columns(), records.samples.get_columns()

@@ -19,7 +19,8 @@ _ROWS = (1, 4, 16, 64, 256)
 
 def run(setup: Setup) -> Findings:
     """Least time of steps with weights in 16, 8 and 4 bits."""
-    curves, numbers, lines = {}, {}, []
+    curves, lines = {}, []
+    numbers: dict[str, float] = {}
     for name in _FORMATS:
         station = open_station("llama-3.1-8b", "a100-80gb", weights=name)
         decode = [station.get_floor(rows, 1, 1024).seconds * 1e3 for rows in _ROWS]

@@ -109,9 +109,10 @@ class Curves:
         axes.set_xscale(self.scales[0])
         axes.set_yscale(self.scales[1])
         for at, (name, (x, y)) in enumerate(self.lines.items()):
-            style = {"color": INKS[at % len(INKS)], "marker": MARKS[at % len(MARKS)]}
+            ink, mark = INKS[at % len(INKS)], MARKS[at % len(MARKS)]
             every = max(1, len(x) // 20)
-            axes.plot(x, y, label=name, markersize=5, linewidth=1.3, markevery=every, **style)
+            axes.plot(x, y, label=name, color=ink, marker=mark, markersize=5, linewidth=1.3,
+                      markevery=every)  # fmt: skip
         axes.set_xlabel(self.axes[0])
         axes.set_ylabel(self.axes[1])
         axes.set_title(self.title)
