@@ -204,7 +204,9 @@ class ResponseWriter:
 
     def _bare(self, item: _Item) -> dict[str, Any]:
         """An item before it has anything in it."""
-        empty = {"content": []} if item.fields["type"] == "message" else {"arguments": ""}
+        empty: dict[str, Any] = (
+            {"content": []} if item.fields["type"] == "message" else {"arguments": ""}
+        )
         return {**item.fields, **empty}
 
     def _view(self, item: _Item) -> dict[str, Any]:
