@@ -1,9 +1,9 @@
 """Sampling and scoring in NumPy: the definition that the native sampler is checked against.
 
 Owns the order of the steps (penalties, bias, mask, temperature, top-k, top-p, min-p, one draw) and
-the random numbers. Rows are independent: a row's answer never depends on the others. Everything from
-the softmax on is float64; adjusted logits are rounded to float32, so that both implementations
-compare the very same numbers.
+the random numbers. Rows are independent: a row's answer never depends on the others. All from the
+softmax on is float64; adjusted logits are rounded to float32, so that both implementations compare
+the very same numbers.
 
 A NaN logit counts as -inf. A row with no finite logit draws token 0. Where the largest logit is
 +inf, the tokens that have it share all the mass.
