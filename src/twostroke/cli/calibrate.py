@@ -55,7 +55,7 @@ _POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut
 # A step of few tokens is mostly reading weights; in service it follows many of its like, which left
 # the caches as it needs them. So it is run several times, and all but the first count.
 _SHORT = 16
-_REPEATS = 4
+_REPEATS = 3
 _KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
 # What of an engine's step is not the executor's.
 _AROUND = ("commit", "plan", "deliver", "inbox")
@@ -83,7 +83,7 @@ _PREFILLS = {
     512: (1, 4, 16, 32, 64, 256),
     2048: (1, 8, 32, 128),
 }
-_MIXED = ((2, 30, 256), (8, 120, 0), (8, 504, 256), (32, 96, 512))
+_MIXED = ((2, 30, 256), (8, 120, 0), (8, 248, 256), (32, 96, 512))
 # Sizes that are never fitted: decoding rows and their context, then a prompt's length and start.
 _BETWEEN = (
     (5, 128, 0, 0),
@@ -91,13 +91,13 @@ _BETWEEN = (
     (40, 200, 0, 0),
     (0, 0, 20, 100),
     (0, 0, 80, 1000),
-    (0, 0, 350, 0),
+    (0, 0, 200, 0),
     (0, 0, 100, 1500),
     (4, 400, 60, 300),
     (16, 100, 150, 700),
 )
 # So many prompts at once, of so many tokens, as they come in bursts: fitted, and never fitted.
-_SEVERAL = ((4, 60, True), (16, 15, True), (8, 30, False), (8, 60, False))
+_SEVERAL = ((4, 60, True), (8, 30, False))
 
 
 @dataclass(frozen=True, slots=True)
