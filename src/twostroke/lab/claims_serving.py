@@ -57,13 +57,13 @@ def _check_batching() -> Claim:
     station = open_station("llama-2-7b", "a100-80gb")
     static, continuous = (simulate_batching(station, pace) for pace in ("static", "fixed"))
     lines = ["| | static batches of 32 | continuous |", "|---|---|---|"]
-    for name, pick in (
-        ("busy with steps", lambda one: f"{one.busy:.0%}"),
-        ("rows of a step in use", lambda one: f"{one.filled:.0%}"),
-        ("of the 16-bit rate", lambda one: f"{one.flops:.1%}"),
-        ("new tokens a second", lambda one: f"{one.tokens_per_s:,.0f}"),
-    ):
-        lines.append(f"| {name} | {pick(static)} | {pick(continuous)} |")
+    shown = (
+        ("busy with steps", [f"{one.busy:.0%}" for one in (static, continuous)]),
+        ("rows of a step in use", [f"{one.filled:.0%}" for one in (static, continuous)]),
+        ("of the 16-bit rate", [f"{one.flops:.1%}" for one in (static, continuous)]),
+        ("new tokens a second", [f"{one.tokens_per_s:,.0f}" for one in (static, continuous)]),
+    )
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in shown]
     gain = continuous.tokens_per_s / static.tokens_per_s
     lines += [
         "",
@@ -121,13 +121,10 @@ def _check_origin() -> Claim:
 def _check_cost() -> Claim:
     h100, a100 = get_known_device("h100-sxm"), get_known_device("a100-80gb")
     used_before, used_after = 10 * 0.4, 3 * 0.9 + 12 * 0.85
-    rates = [
-        (what, get(a100) / get(h100))
-        for what, get in (
-            ("arithmetic", lambda device: device.get_rate("f16")),
-            ("bandwidth", lambda device: device.memory_bandwidth),
-        )
-    ]
+    rates = (
+        ("arithmetic", a100.get_rate("f16") / h100.get_rate("f16")),
+        ("bandwidth", a100.memory_bandwidth / h100.memory_bandwidth),
+    )
     lines = [
         f"- $30,000 / (10 · 0.4) is ${30_000 / used_before:,.0f} for each GPU's worth of use; "
         f"$30,000 / 0.4 = ${30_000 / 0.4:,.0f} is what the fleet would cost at full use.",
