@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -98,6 +99,15 @@ def test_the_server_does_what_its_document_says(described: Running, mode: Genera
     assert not described.engine.live
 
 
+HOSTILE_INPUTS: list[Any] = [
+    "a" * 1_000_000,
+    [{"role": "user", "content": "a"}] * 10_000,
+    [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 100_000}],
+    [{"type": "function_call", "call_id": None, "name": [], "arguments": {}}],
+    [{"type": "function_call_output", "call_id": 1, "output": None}],
+    [{"id": {}, "type": [], "role": 1, "content": 2}],
+    [None],
+]
 HOSTILE = [
     b"",
     b"{",
@@ -119,6 +129,7 @@ HOSTILE = [
     json.dumps({"tokens": [2**32] * 100_000}).encode(),
     json.dumps({"prompt": "a" * 1_000_000}).encode(),
     json.dumps({"messages": [{"role": "user", "content": "a"}] * 10_000}).encode(),
+    *(json.dumps({"model": "scripted", "input": value}).encode() for value in HOSTILE_INPUTS),
 ]
 
 

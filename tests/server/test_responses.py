@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from twostroke.core.types import StepPlan
 from twostroke.engine.async_llm import AsyncLLM
 from twostroke.server.responses_input import build_chat_body
 from twostroke.server.settings import ServerSettings
+from twostroke.server.streams_api import Streams
 from twostroke.text.chat import ChatTemplate
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -229,6 +232,27 @@ def test_calls_one_at_a_time_are_asked_of_the_chat(shared: Stack) -> None:
     assert build_chat_body(fields, [], [])["parallel_tool_calls"] is False
     assert create(shared, parallel_tool_calls=False).parallel_tool_calls is False
     assert create(shared).parallel_tool_calls is True
+
+
+def test_who_asks_for_a_response_holds_up_nobody(
+    shared: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = create(shared)
+    begun, answered = threading.Event(), threading.Event()
+    get_bytes = Streams.get_token_bytes
+
+    def get_slowly(streams: Streams, token: int) -> bytes:
+        begun.set()
+        assert answered.wait(20)
+        return get_bytes(streams, token)
+
+    monkeypatch.setattr(Streams, "get_token_bytes", get_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(shared.client.responses.retrieve, made.id)
+        assert begun.wait(20)
+        assert shared.http.get("/health").status_code == 200
+        answered.set()
+        assert again.result(20) == made
 
 
 def test_a_stream_in_the_background_is_read_again_after_its_reader_went(fresh: Stack) -> None:

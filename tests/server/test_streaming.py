@@ -135,6 +135,7 @@ def test_a_client_that_goes_disturbs_no_other(
         (Cancelled("closing"), 503),
         (Rejected("too long", 7), 400),
         (Rejected("never"), 400),
+        (Failed("the grammar is too complex: too many states"), 400),
     ],
 )
 def test_a_request_that_ends_badly_is_an_error(

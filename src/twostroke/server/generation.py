@@ -28,6 +28,7 @@ from twostroke.errors import (
     TwostrokeError,
 )
 from twostroke.server.schemas import CommonFields
+from twostroke.text.grammar import GRAMMAR_FAULT
 
 if TYPE_CHECKING:
     from twostroke.engine.async_llm import AsyncLLM, RequestStream
@@ -331,6 +332,12 @@ def get_finish_reason(delta: OutputDelta) -> str | None:
     return delta.ending.reason if isinstance(delta.ending, Finished) else None
 
 
+def to_failure(message: str) -> TwostrokeError:
+    """The error of a request that failed: the client's where its grammar proved too much."""
+    is_own = message.startswith(GRAMMAR_FAULT)
+    return InvalidRequest(message) if is_own else RequestFailed(message)
+
+
 def _check_ending(ending: Ending | None, closed_reason: str | None) -> None:
     match ending:
         case Rejected(reason, None):
@@ -339,6 +346,8 @@ def _check_ending(ending: Ending | None, closed_reason: str | None) -> None:
             raise PromptTooLong(reason, limit)
         case Failed(reason) if closed_reason is not None:
             raise EngineClosed(f"the server ended the request: {reason}; send it again later")
+        case Failed(reason) if reason.startswith(GRAMMAR_FAULT):
+            raise to_failure(reason)
         case Failed(reason):
             raise RequestFailed(f"the request failed: {reason}")
         case Cancelled(reason):

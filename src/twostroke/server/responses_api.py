@@ -26,7 +26,13 @@ from twostroke.server.connection import ClientGone, run_while_connected
 from twostroke.server.durable_records import Accepted
 from twostroke.server.errors import ErrorReply, describe_error
 from twostroke.server.events import EventStream, Framing, dump
-from twostroke.server.generation import Generation, PromptSource, Submission, split_tokens
+from twostroke.server.generation import (
+    Generation,
+    PromptSource,
+    Submission,
+    split_tokens,
+    to_failure,
+)
 from twostroke.server.responses import FAILED, ResponseWriter
 from twostroke.server.responses_input import build_chat_body, check_fields, to_items, to_messages
 from twostroke.server.schemas import parse_chat_request
@@ -81,7 +87,7 @@ class Responses:
         self._served.check_model(fields["model"])
         response_id = f"resp_{uuid.uuid4().hex}"
         items = to_items(fields["input"], response_id)
-        history = self._get_history(request, fields.get("previous_response_id"))
+        history = await self._get_history(request, fields.get("previous_response_id"))
         chat_body = build_chat_body(fields, items, history)
         head = {"id": response_id, "created": int(time.time()), "model": fields["model"]}
         submission = await asyncio.to_thread(
@@ -125,7 +131,7 @@ class Responses:
                 raise InvalidParameter("starting_after", "must be the number of an event")
             return self._tell(entry, parse_event_id(after or request.headers.get("last-event-id")))
         self._check_stored(entry)
-        return _reply(self._build(entry))
+        return _reply(await asyncio.to_thread(self._build, entry))
 
     async def cancel(self, request: Request, response_id: str) -> Response:
         """POST /v1/responses/{id}/cancel."""
@@ -133,7 +139,7 @@ class Responses:
         if not entry.accepted.facts["request"].get("background"):
             raise InvalidParameter("response_id", "only a response in the background is cancelled")
         self._streams.journal.cancel(entry, "the response was cancelled")
-        return _reply(self._build(entry))
+        return _reply(await asyncio.to_thread(self._build, entry))
 
     async def delete(self, request: Request, response_id: str) -> Response:
         """DELETE /v1/responses/{id}; what still runs of it is cancelled."""
@@ -181,8 +187,8 @@ class Responses:
                 raise entry.interrupted
             assert entry.end is not None
             if entry.end.how == FAILED:
-                raise RequestFailed(entry.end.message)
-        return _reply(self._build(entry))
+                raise to_failure(entry.end.message)
+        return _reply(await asyncio.to_thread(self._build, entry))
 
     def _tell(self, entry: Entry, after: int) -> EventStream:
         """The events of a response behind the one its reader has, and those to come."""
@@ -198,14 +204,15 @@ class Responses:
         return Framing(writer.open(), "", 0, after, write_error)
 
     def _build(self, entry: Entry) -> dict[str, Any]:
-        """The response as it stands."""
+        """The response as it stands. Takes seconds for a long one with log-probabilities, so it
+        has a thread, and the end is read first: all output is there when there is an end."""
+        end = entry.end
         get_bytes = self._streams.get_token_bytes
         writer = self._api.build_writer(entry.accepted, Replay(entry, 1, get_bytes))
         for batch in entry.read(get_bytes):
             for choice, delta in batch:
                 for part in split_tokens(delta):
                     writer.write_delta(choice, part)
-        end = entry.end
         if end is not None and end.how == FINISHED:
             writer.write_last(end.last)
         elif end is not None:
@@ -213,7 +220,7 @@ class Responses:
             writer.write_failure(_get_bad_status(entry), reply)
         return writer.get_response()
 
-    def _get_history(self, request: Request, response_id: str | None) -> list[Any]:
+    async def _get_history(self, request: Request, response_id: str | None) -> list[Any]:
         """The messages of the conversation that a response ended, without its instructions."""
         if response_id is None:
             return []
@@ -226,7 +233,8 @@ class Responses:
         messages = list(entry.accepted.body["messages"])
         if entry.accepted.facts["request"].get("instructions"):
             del messages[0]
-        return [*messages, *to_messages(self._build(entry)["output"])]
+        response = await asyncio.to_thread(self._build, entry)
+        return [*messages, *to_messages(response["output"])]
 
     def _find(self, request: Request, response_id: str) -> Entry:
         entry = self._streams.find(request, response_id, "response")

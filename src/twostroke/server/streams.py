@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from twostroke.errors import EngineClosed, RequestFailed, TwostrokeError
+from twostroke.errors import EngineClosed, TwostrokeError
 from twostroke.server.durable import DurableLog
 from twostroke.server.durable_records import (
     ENDED,
@@ -32,7 +32,7 @@ from twostroke.server.durable_records import (
     write_accepted,
     write_record,
 )
-from twostroke.server.generation import Batch, Generation
+from twostroke.server.generation import Batch, Generation, to_failure
 from twostroke.server.logprobs import GetBytes
 
 logger = logging.getLogger("twostroke.server")
@@ -120,7 +120,7 @@ class Entry:
             assert self.interrupted is not None
             raise self.interrupted
         if self.end.how != FINISHED:
-            raise RequestFailed(self.end.message)
+            raise to_failure(self.end.message)
 
 
 class Record:

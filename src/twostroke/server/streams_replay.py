@@ -6,6 +6,7 @@ the second time. Nothing here runs anything or changes an entry.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class Replay:
                 if delta.prompt_logprobs:
                     self._prompt_logprobs[choice // self._n] = delta.prompt_logprobs
             yield batch
+            # What was kept comes without waiting, and a long stream must not hold up the others.
+            await asyncio.sleep(0)
 
     def get_last(self) -> dict[str, Any]:
         """What the reply ends with, after its output."""

@@ -43,6 +43,9 @@ _KINDS = ("json", "regex", "grammar", "choice")
 # Between tokens' bytes are made, other threads are let in: a large vocabulary takes half a second.
 _TOKENS_BETWEEN_PAUSES = 500
 
+# What every reason begins with that a request fails for because of its own grammar.
+GRAMMAR_FAULT = "the grammar"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
@@ -150,7 +153,9 @@ class Matcher:
         self.num_tokens += len(tokens)
         self._charge(start_ns)
         if not taken:
-            raise RequestFailed(f"the grammar refused a token: {shorten(self._inner.get_error())}")
+            raise RequestFailed(
+                f"{GRAMMAR_FAULT} refused a token: {shorten(self._inner.get_error())}"
+            )
 
     def compute_mask(self) -> bytes:
         """Which tokens may follow, as spec.step.Row.mask; where nothing may, the end tokens."""
@@ -158,7 +163,9 @@ class Matcher:
         mask = self._inner.compute_bitmask()
         self._charge(start_ns)
         if self._inner.is_error():
-            raise RequestFailed(f"the grammar is too complex: {shorten(self._inner.get_error())}")
+            raise RequestFailed(
+                f"{GRAMMAR_FAULT} is too complex: {shorten(self._inner.get_error())}"
+            )
         return mask
 
     def _charge(self, start_ns: int) -> None:
@@ -166,7 +173,7 @@ class Matcher:
         if self._spent_ns > get_mask_allowance_ns(self.num_tokens):
             self._on_costly()
             raise RequestFailed(
-                f"the grammar is too costly: its masks took {self._spent_ns / 1e6:.0f} ms for "
+                f"{GRAMMAR_FAULT} is too costly: its masks took {self._spent_ns / 1e6:.0f} ms for "
                 f"{self.num_tokens} tokens"
             )
 
