@@ -47,7 +47,7 @@ from twostroke.spec.work import StepTotals, add_totals
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUDGET_S = 16.0  # about 20 with the beginning and the engine
+BUDGET_S = 16.0
 _LEAST_ROUNDS = 4
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
