@@ -1,9 +1,10 @@
-"""What the HTTP layer costs: `python -m twostroke.bench.http [MODEL]`.
+"""What isolation, HTTP and the durable log cost: `python -m twostroke.bench.http [MODEL]`.
 
 Two measurements. On one core, a server over a simulated executor whose steps take no time, and how
-many tokens a second it streams. Then a real model, one engine for both: the same requests given to
-it directly and over HTTP, in turn, and the ratio of their rates. The client only counts bytes and
-looks for the end of each stream, in a process of its own; its work is part of what is measured.
+many tokens a second it streams. Then a real model: the same requests given to an engine in this
+process, to one whose executor is a child, to that over HTTP, and to that with a durable log, in
+turn, and the ratios of their rates. The client only counts bytes and looks for the end of each
+stream, in a process of its own; its work is part of what is measured.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from twostroke.cli.compose import build_engine
 from twostroke.cli.scheduling import build_scheduling
@@ -33,13 +36,16 @@ from twostroke.engine.params import SamplingParams
 from twostroke.errors import EngineError
 from twostroke.exec.simulated import SimulatedExecutor
 from twostroke.server.serve import ServeOptions, serve
+from twostroke.server.settings import ServerSettings
 from twostroke.spec.work import StepTotals
 
 STREAMS = 16
 PROMPT_TOKENS = 32
-NEW_TOKENS = 256
+LAYER_TOKENS = 256  # of each stream over a simulated executor
+MODEL_TOKENS = 96  # the same of a real model
 LEAST_TOKENS_PER_S = 2000
-MOST_OVERHEAD = 0.03
+MOST_OF_HTTP = 0.03
+MOST_OF_LOG = 0.02
 HOST = "127.0.0.1"
 
 
@@ -72,10 +78,15 @@ def draw_letters(row: Row, last: Token, position: int) -> Token:
 
 
 @contextmanager
-def open_engine(model: str, step_ns: int | None) -> Iterator[AsyncLLM]:
-    """A real engine, with a simulated executor where `step_ns` says how long its steps take."""
-    wanted = EngineSettings(model=model, kv_memory="512MiB")
-    built = build_engine(wanted)
+def open_engine(
+    model: str, step_ns: int | None = None, isolated: bool = False
+) -> Iterator[AsyncLLM]:
+    """A real engine, with a simulated executor where `step_ns` says how long its steps take.
+
+    isolated: its executor is a child, as that of `twostroke serve` is.
+    """
+    wanted = EngineSettings(model=model, kv_memory="256MiB")
+    built = build_engine(wanted, isolated)
     parts = built.parts
     if step_ns is not None:
         info = parts.executor.describe()
@@ -96,8 +107,9 @@ def open_engine(model: str, step_ns: int | None) -> Iterator[AsyncLLM]:
 
 
 @contextmanager
-def run_server(engine: AsyncLLM) -> Iterator[int]:
-    """Serve from a thread; yields the port."""
+def run_server(engine: AsyncLLM, state: Path | None = None) -> Iterator[int]:
+    """Serve from a thread; yields the port. state: the folder of its durable log, or None."""
+    options = ServeOptions(port=0, grace_s=0.5, settings=ServerSettings(state=state))
     ready, box, ports = threading.Event(), list[Callable[[], object]](), list[int]()
 
     async def main() -> None:
@@ -108,7 +120,7 @@ def run_server(engine: AsyncLLM) -> Iterator[int]:
             ports.append(port)
             ready.set()
 
-        await serve(engine, ServeOptions(port=0, grace_s=0.5), tell, stop)
+        await serve(engine, options, tell, stop)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
@@ -125,7 +137,7 @@ def make_prompt(stream: int) -> list[int]:
     return [300 + (stream * 97 + place * 13) % 4000 for place in range(PROMPT_TOKENS)]
 
 
-def stream_all(port: int, model: str) -> float:
+def stream_all(port: int, model: str, new_tokens: int) -> float:
     """Be the client of all streams; returns the seconds from first byte sent to last received.
 
     Raises EngineError when a stream does not end as it should.
@@ -137,7 +149,7 @@ def stream_all(port: int, model: str) -> float:
             {
                 "model": model,
                 "prompt": make_prompt(stream),
-                "max_tokens": NEW_TOKENS,
+                "max_tokens": new_tokens,
                 "temperature": 0.0,
                 "ignore_eos": True,
                 "stream": True,
@@ -154,25 +166,25 @@ def stream_all(port: int, model: str) -> float:
             data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
             key.data.extend(data)
             if not data:
-                if f'"completion_tokens":{NEW_TOKENS}'.encode() not in key.data:
+                if f'"completion_tokens":{new_tokens}'.encode() not in key.data:
                     raise EngineError(f"a stream ended early: {bytes(key.data[-300:])!r}")
                 waiting.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]
     return time.perf_counter() - begin
 
 
-def stream_from_child(port: int, model: str) -> float:
+def stream_from_child(port: int, model: str, new_tokens: int) -> float:
     """`stream_all` in a process of its own."""
     code = "import sys; from twostroke.bench.http import stream_all;"
-    code += "print(stream_all(int(sys.argv[1]), sys.argv[2]))"
-    command = [sys.executable, "-c", code, str(port), model]
+    code += "print(stream_all(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))"
+    command = [sys.executable, "-c", code, str(port), model, str(new_tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout)
 
 
-async def generate_all(engine: AsyncLLM) -> float:
+async def generate_all(engine: AsyncLLM, new_tokens: int) -> float:
     """The same requests without HTTP, each stream read to its end; returns the seconds."""
-    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     async def read(stream: int) -> int:
         deltas = await engine.submit(make_prompt(stream), params)
@@ -180,7 +192,7 @@ async def generate_all(engine: AsyncLLM) -> float:
 
     begin = time.perf_counter()
     counts = await asyncio.gather(*(read(stream) for stream in range(STREAMS)))
-    assert set(counts) == {NEW_TOKENS}
+    assert set(counts) == {new_tokens}
     return time.perf_counter() - begin
 
 
@@ -191,43 +203,85 @@ def measure_layer(model: str, rounds: int) -> float:
     try:
         with open_engine(model, step_ns=1000) as engine, run_server(engine) as port:
             os.sched_setaffinity(0, cores)  # of this thread alone: children inherit it
-            times = [stream_from_child(port, engine.model_name) for _ in range(rounds)]
+            name = engine.model_name
+            times = [stream_from_child(port, name, LAYER_TOKENS) for _ in range(rounds)]
     finally:
         os.sched_setaffinity(0, cores)
-    return STREAMS * NEW_TOKENS / statistics.median(times)
+    return STREAMS * LAYER_TOKENS / statistics.median(times)
 
 
-def measure_overhead(model: str, rounds: int) -> tuple[float, float]:
-    """Tokens a second of the engine alone and over HTTP, one after the other, so many times."""
-    alone, served = [], []
-    with open_engine(model, step_ns=None) as engine, run_server(engine) as port:
-        engine.tokenizer.prepare()
-        for turn in range(rounds + 1):
-            direct = asyncio.run(generate_all(engine))
-            over = stream_from_child(port, engine.model_name)
-            if turn:  # the first warms up
-                alone.append(direct)
-                served.append(over)
-    tokens = STREAMS * NEW_TOKENS
-    return tokens / statistics.median(alone), tokens / statistics.median(served)
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens a second of one round: an engine in process, one whose executor is a child, that one
+    over HTTP, and over HTTP with a durable log."""
+
+    alone: float
+    child: float
+    http: float
+    durable: float
+
+
+def measure_model(model: str, rounds: int) -> list[Rates]:
+    """Each of the four in turn, so many times."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_engine(model) as alone,
+        open_engine(model, isolated=True) as child,
+        run_server(child) as plain,
+        run_server(child, Path(folder)) as durable,
+    ):
+        alone.tokenizer.prepare()
+        child.tokenizer.prepare()
+
+        def run_round(new_tokens: int, turn: int) -> Rates:
+            runs: list[Callable[[], float]] = [
+                lambda: asyncio.run(generate_all(alone, new_tokens)),
+                lambda: asyncio.run(generate_all(child, new_tokens)),
+                lambda: stream_from_child(plain, child.model_name, new_tokens),
+                lambda: stream_from_child(durable, child.model_name, new_tokens),
+            ]
+            seconds = [0.0] * len(runs)
+            for place in range(len(runs)):  # each round begins with another
+                which = (turn + place) % len(runs)
+                seconds[which] = runs[which]()
+            return Rates(*(STREAMS * new_tokens / each for each in seconds))
+
+        run_round(8, 0)  # warms up
+        return [run_round(MODEL_TOKENS, turn) for turn in range(rounds)]
 
 
 def main() -> None:
     """Measure both and print them; the last line is one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m twostroke.bench.http", description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     given = parser.parse_args()
     layer = measure_layer(given.model, given.rounds)
     print(f"HTTP layer on one core: {layer:,.0f} tokens/s (at least {LEAST_TOKENS_PER_S:,})")
-    alone, served = measure_overhead(given.model, given.rounds)
-    overhead = 1 - served / alone
+    rounds = measure_model(given.model, given.rounds)
+    alone = statistics.median(each.alone for each in rounds)
+    # Of the same round: what else runs on the machine meanwhile is much the same for both.
+    isolation = statistics.median(1 - each.child / each.alone for each in rounds)
+    http = statistics.median(1 - each.http / each.child for each in rounds)
+    log = statistics.median(1 - each.durable / each.http for each in rounds)
+    print(f"{given.model}, {STREAMS} streams: engine alone {alone:.1f} tokens/s")
+    print(f"its executor in a child: {isolation:.1%} less")
+    print(f"that over HTTP: {http:.1%} less (at most {MOST_OF_HTTP:.0%})")
+    print(f"with a durable log: {log:.1%} less (at most {MOST_OF_LOG:.0%})")
+    for name in ("alone", "child", "http", "durable"):
+        values = ", ".join(f"{getattr(each, name):.1f}" for each in rounds)
+        print(f"  {name}: {values} tokens/s in each round")
     print(
-        f"{given.model}, {STREAMS} streams: engine alone {alone:.1f} tokens/s, over HTTP", end=" "
+        json.dumps(
+            {
+                "layer_tokens_per_s": layer,
+                "rounds": [asdict(each) for each in rounds],
+                "isolation_overhead": isolation,
+                "http_overhead": http,
+                "durable_overhead": log,
+            }
+        )
     )
-    print(f"{served:.1f}: {overhead:.1%} less (at most {MOST_OVERHEAD:.0%})")
-    figures = {"layer_tokens_per_s": layer, "alone_tokens_per_s": alone}
-    print(json.dumps({**figures, "served_tokens_per_s": served, "overhead": overhead}))
 
 
 if __name__ == "__main__":
