@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,8 @@ from twostroke.errors import InvalidParameter, RequestFailed
 from twostroke.text import grammar as module
 from twostroke.text import grammar_check
 from twostroke.text.grammar import GrammarCompiler, StructuredOutputs, read_structured_outputs
-from twostroke.text.grammar_check import Checked
+from twostroke.text.grammar_check import Checked, GrammarChecker
+from twostroke.text.grammar_limits import TokenBytes
 from twostroke.text.tokenizer import build_tokenizer
 from vocabularies import make_byte_bpe
 
@@ -147,7 +150,7 @@ class FakeChecker:
 
 def test_a_text_is_compiled_once_while_it_is_kept() -> None:
     checker = FakeChecker()
-    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)  # type: ignore[arg-type]
+    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)
     for _ in range(3):
         compiler.compile("regex:a")
     assert checker.seen == ["regex:a"]
@@ -160,7 +163,7 @@ def test_a_grammar_whose_masks_cost_too_much_fails_its_request_and_is_refused_af
     monkeypatch,
 ) -> None:
     checker = FakeChecker()
-    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)  # type: ignore[arg-type]
+    compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())), checker)
     matcher = compiler.compile("regex:a+").start()
     monkeypatch.setattr(module, "get_mask_allowance_ns", lambda tokens: 0)
     with pytest.raises(RequestFailed, match="too costly"):
@@ -175,3 +178,49 @@ def test_closing_ends_the_process_that_compiles(compiler) -> None:
     process = own._checker._process
     own.close()
     assert process.poll() is not None
+
+
+def ask_impostor(script: str) -> Checked:
+    """What a process that is not ours, given a vocabulary and a text, is taken to have said."""
+    command = (sys.executable, "-S", "-c", f"import sys, time; {script}")
+    checker = GrammarChecker(TokenBytes([b"", b"a"], [0], [0]), command)
+    try:
+        return checker.check("regex:a")
+    finally:
+        checker.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pickle.dumps(("start: A", "")).replace(b"\n", b"") + b"\n",
+        b"start: A\n",
+        b"[" * 50_000 + b"\n",
+        b'{"grammar": "start: A", "fault": ""}\n',
+        b'"aa"\n',
+        b'["start: A"]\n',
+        b'["start: A", null]\n',
+        b'["", ""]\n',
+        b'["start: \\ud800", ""]\n',
+        b'["start: A", ""]',  # and no end of the line within the limit
+    ],
+)
+def test_an_answer_of_another_form_is_the_end_of_the_compiler(monkeypatch, line) -> None:
+    monkeypatch.setattr(grammar_check, "MAX_ANSWER_BYTES", len(line))
+    checked = ask_impostor(
+        f"sys.stdout.buffer.write({line!r}); sys.stdout.flush(); time.sleep(1000)"
+    )
+    assert checked == Checked(fault="the grammar is too complex: it ended the compiler")
+
+
+def test_a_fault_is_a_short_line_whatever_a_process_says() -> None:
+    checked = ask_impostor("print('[\"\", \"' + '\\\\u001b' * 5000 + '\"]')")
+    assert checked.fault.isprintable()
+    assert len(checked.fault) < 500
+
+
+def test_a_process_that_neither_answers_nor_ends_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(grammar_check, "ANSWER_SECONDS", 0.1)
+    checked = ask_impostor("sys.stdout.close(); time.sleep(1000)")
+    assert checked.fault
+    assert not checked.is_lasting

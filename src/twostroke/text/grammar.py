@@ -18,10 +18,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from twostroke.errors import InvalidParameter, InvalidRequest, RequestFailed
-from twostroke.text.grammar_check import GrammarChecker
+from twostroke.text.grammar_check import Checked, GrammarChecker
 from twostroke.text.grammar_limits import (
     TokenBytes,
     build_matcher,
@@ -190,6 +190,18 @@ class Grammar:
         return Matcher(self._inner.deep_copy(), self._on_costly)
 
 
+class Checker(Protocol):
+    """Says what becomes of a canonical text; see grammar_check.GrammarChecker."""
+
+    def check(self, text: str) -> Checked:
+        """The library's grammar, or its fault."""
+        ...
+
+    def close(self) -> None:
+        """End what it has begun; any thread may call it."""
+        ...
+
+
 class GrammarCompiler:
     """Compiles canonical texts for one tokenizer, and keeps those used last.
 
@@ -197,7 +209,7 @@ class GrammarCompiler:
     thread that serves; calls wait for each other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, checker: GrammarChecker | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, checker: Checker | None = None) -> None:
         """checker: for tests; by default one with a process of its own, begun when first needed."""
         self._tokenizer = tokenizer
         self._checker = checker
@@ -263,8 +275,9 @@ class GrammarCompiler:
                 if token % _TOKENS_BETWEEN_PAUSES == 0:
                     time.sleep(0)
             control = [token for token in range(len(tokens)) if tokenizer.is_control(token)]
-            self._library = open_library(TokenBytes(tokens, control, stops))
-            self._checker = self._checker or GrammarChecker(tokens, control, stops)
+            vocabulary = TokenBytes(tokens, control, stops)
+            self._library = open_library(vocabulary)
+            self._checker = self._checker or GrammarChecker(vocabulary)
         return self._library
 
     def _keep(self, text: str, found: Grammar | str) -> None:

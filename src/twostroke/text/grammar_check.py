@@ -4,25 +4,29 @@ The library compiles in native code that nothing can interrupt, and a text made 
 minutes or overflow a stack. So each is compiled, and followed for some tokens at random, in a
 helper process first, which ends itself when its time is over; the next text begins another.
 
-Run as a module this file is that process: it reads a TokenBytes and then texts from its standard
-input, and answers each with the fields of a Checked. It ends with its input, so it never outlives
-its parent by more than the time limit, whatever becomes of that.
+Run as a module this file is that process: it reads a vocabulary and then texts from its standard
+input, a line of JSON each, and answers each text with its grammar and its fault. It ends with its
+input, so it never outlives its parent by more than the time limit, whatever becomes of that.
+
+The process is not trusted either, for a text may have taken it over: of what it says the parent
+makes two strings of bounded length and nothing else, and it waits for them a bounded time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import random
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from twostroke.text.grammar_limits import (
     TokenBytes,
@@ -41,6 +45,13 @@ MAX_MEMORY_BYTES = 4 * 2**30
 TRIED_TOKENS = 48
 NICENESS = 10  # below what serves
 
+# What the parent grants: a process needs seconds to begin on a busy machine, and then ends itself;
+# a grammar is a few times as long as its text, which grammar.py bounds.
+ANSWER_SECONDS = 60.0
+MAX_ANSWER_BYTES = 32 * 2**20
+
+_ENDED = "the grammar is too complex: it ended the compiler"
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -58,24 +69,38 @@ class GrammarChecker:
     """The parent's side; one thread uses it, and another may close it."""
 
     def __init__(
-        self, tokens: Sequence[bytes], control: Sequence[int], stops: Sequence[int]
+        self, vocabulary: TokenBytes, command: Sequence[str] = (sys.executable, "-m", __name__)
     ) -> None:
-        self._vocabulary = TokenBytes(tokens, control, stops)
+        """command: begins the process; another one is for tests."""
+        self._vocabulary = vocabulary
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, text: str) -> Checked:
-        """Whether a canonical text (see grammar.py) can be used; takes up to CHECK_SECONDS."""
+        """Whether a canonical text (see grammar.py) can be used; takes up to CHECK_SECONDS.
+
+        A process that neither answers nor ends is killed after ANSWER_SECONDS.
+        """
         process = self._process
+        messages = [json.dumps(text)]
         if process is None or process.poll() is not None:
-            process = self._process = self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
+            process = self._start()
+            messages.insert(0, _write_vocabulary(self._vocabulary))
+        overdue = threading.Timer(ANSWER_SECONDS, process.kill)
+        overdue.daemon = True
+        overdue.start()
         try:
-            _send(process.stdin, text)
-            answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            return _describe_end(process.wait())
-        return Checked(*answer)
+            answer = _ask(process, messages)
+            if not answer:
+                return _describe_end(process.wait())
+        finally:
+            overdue.cancel()
+        checked = _read_answer(answer)
+        if checked is None:
+            process.kill()
+            process.wait()
+            return Checked(fault=_ENDED)
+        return checked
 
     def close(self) -> None:
         """End the process, if there is one; a check that waits for it hears that it failed."""
@@ -86,16 +111,41 @@ class GrammarChecker:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is not None:
             _end(self._process)
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+        self._process = subprocess.Popen(
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):  # it ended already, which the next read tells
-            _send(process.stdin, self._vocabulary)
-        return process
+        return self._process
+
+
+def _ask(process: subprocess.Popen[bytes], messages: Iterable[str]) -> bytes:
+    """The line that a process answers with; nothing where it, or its pipes, came to an end."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for message in messages:
+            process.stdin.write(message.encode() + b"\n")
+        process.stdin.flush()
+        return process.stdout.readline(MAX_ANSWER_BYTES)
+    except (OSError, ValueError):  # ValueError: another thread closed them
+        return b""
+
+
+def _read_answer(line: bytes) -> Checked | None:
+    """What a line says; None for one that the process would not write."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    match answer:
+        case [str(grammar), str(fault)] if grammar or fault:
+            is_text = not any("\ud800" <= char <= "\udfff" for char in grammar)
+            return Checked(grammar, shorten(fault)) if is_text else None
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -112,12 +162,17 @@ def _describe_end(status: int) -> Checked:
         return Checked(fault=f"the grammar takes longer than {CHECK_SECONDS:g} s to compile")
     if status == -signal.SIGKILL:
         return Checked(fault="the grammar could not be compiled now", is_lasting=False)
-    return Checked(fault="the grammar is too complex: it ended the compiler")
+    return Checked(fault=_ENDED)
 
 
-def _send(pipe: object, message: object) -> None:
-    pickle.dump(message, pipe)  # type: ignore[arg-type]
-    pipe.flush()  # type: ignore[attr-defined]
+def _write_vocabulary(vocabulary: TokenBytes) -> str:
+    tokens = [token.decode("latin-1") for token in vocabulary.tokens]
+    return json.dumps([tokens, list(vocabulary.special_token_ids), list(vocabulary.stops)])
+
+
+def _read_vocabulary(line: bytes) -> TokenBytes:
+    tokens, control, stops = json.loads(line)
+    return TokenBytes([token.encode("latin-1") for token in tokens], control, stops)
 
 
 # ---- the process ---------------------------------------------------------------------------------
@@ -130,13 +185,10 @@ def main() -> None:
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    texts: BinaryIO = sys.stdin.buffer
-    library = open_library(pickle.load(texts))
-    while True:
-        try:
-            text = pickle.load(texts)
-        except EOFError:
-            return
+    lines = sys.stdin.buffer
+    library = open_library(_read_vocabulary(lines.readline()))
+    for line in lines:
+        text = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, CHECK_SECONDS)  # then the process ends
         try:
             grammar = write_library_grammar(text)
@@ -144,7 +196,8 @@ def main() -> None:
         except (ValueError, RecursionError) as error:
             grammar, fault = "", shorten(error)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(answers, (grammar, fault))  # this module has another name here, and so its classes
+        answers.write(json.dumps([grammar, fault]).encode() + b"\n")
+        answers.flush()
 
 
 def _try_out(matcher: LLMatcher) -> str:
