@@ -151,3 +151,8 @@ def test_arguments_are_passed_on_as_they_come() -> None:
 )
 def test_the_form_is_the_templates(source: str, form: ToolForm) -> None:
     assert find_tool_form(source) is form
+
+
+def test_a_name_nested_too_deep_to_read_is_content() -> None:
+    text = '<tool_call>{"name": ' + "[" * 20_000 + "]" * 20_000 + "}</tool_call>"
+    assert read(HERMES, [text]) == (text, [])

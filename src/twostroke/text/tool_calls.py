@@ -293,7 +293,7 @@ def _read_string(token: str) -> str | None:
     """A JSON string's text; None where it is none."""
     try:
         value = json.loads(token)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, str) else None
 
