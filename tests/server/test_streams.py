@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -18,8 +19,12 @@ from loopback import run_server
 from twostroke.core.ports import OnDone
 from twostroke.core.types import StepPlan
 from twostroke.engine.async_llm import AsyncLLM
-from twostroke.server.durable import MAGIC, frame, read_records
+from twostroke.errors import EngineClosed
+from twostroke.server.durable import MAGIC, DurableLog, frame, read_records
+from twostroke.server.durable_records import Accepted, write_accepted
+from twostroke.server.generation import Batch, Generation
 from twostroke.server.settings import ServerSettings
+from twostroke.server.streams import FINISHED, End, Entry, Journal
 from twostroke.text.chat import ChatTemplate
 
 # One for all: making a client reads the machine's certificates.
@@ -224,3 +229,89 @@ def test_what_is_no_kept_stream_is_not_found() -> None:
         reply = CLIENT.get(address, headers={"Last-Event-ID": "-1"})
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "Last-Event-ID"
+
+
+def restore(journal: Journal, request_id: str) -> Entry:
+    """A request without output that `journal` keeps."""
+    accepted = Accepted("", {"id": request_id}, {})
+    entry = Entry(accepted, [])
+    journal.restore(entry)
+    journal.enter(entry, "accepted", json.loads(write_accepted(accepted))[2])
+    return entry
+
+
+def test_a_log_made_shorter_loses_nothing_of_what_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twostroke.server.streams.COMPACT_BYTES", 0)
+
+    async def run() -> None:
+        log = DurableLog(tmp_path)
+        journal = Journal(log)
+        live, old = restore(journal, "live"), restore(journal, "old")
+        with journal.note_reply(Accepted("", {"id": "reply"}, {}, is_kept=False)):
+            journal.enter(old, "output", "x" * 10_000)
+            journal.end(old, End(FINISHED, "", {}, time.time()))
+            journal.forget("old")
+            journal.get("live")  # finds the log too long
+            journal.enter(live, "output", "in the same turn")
+            await asyncio.sleep(0)
+            assert log.is_compacting
+            journal.enter(live, "output", "meanwhile")
+            while log.is_compacting:
+                await asyncio.sleep(0.001)
+            journal.enter(live, "output", "after")
+            journal.close()
+
+    asyncio.run(run())
+    log = DurableLog(tmp_path)
+    log.close()
+    assert [json.loads(record)[:2] for record in log.recovered] == [
+        ["accepted", "live"],
+        ["output", "live"],
+        ["accepted", "reply"],
+        ["output", "live"],
+        ["output", "live"],
+    ]
+
+
+def test_a_log_closed_while_it_is_made_shorter_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("twostroke.server.streams.COMPACT_BYTES", 0)
+
+    async def run() -> None:
+        log = DurableLog(tmp_path)
+        journal = Journal(log)
+        old = restore(journal, "old")
+        journal.end(old, End(FINISHED, "", {}, time.time()))
+        journal.forget("old")
+        journal.get("old")
+        await asyncio.sleep(0)
+        assert log.is_compacting
+        journal.close()
+        while log.is_compacting:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(run())
+    assert caplog.text == ""
+    log = DurableLog(tmp_path)
+    log.close()
+    assert [json.loads(record)[0] for record in log.recovered] == ["accepted", "ended", "ended"]
+
+
+def test_a_fault_of_ours_leaves_nobody_waiting() -> None:
+    class Faulty:
+        async def batches(self) -> AsyncGenerator[Batch, None]:
+            raise RuntimeError("our fault")
+            yield []
+
+    async def run() -> Entry:
+        journal = Journal()
+        entry = restore(journal, "r")
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        journal.run(entry, cast(Generation, Faulty()), dict)
+        await asyncio.wait_for(entry.wait(), 10)
+        return entry
+
+    assert isinstance(asyncio.run(run()).interrupted, EngineClosed)

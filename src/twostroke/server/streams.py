@@ -185,6 +185,7 @@ class Journal:
         self._log = log
         self._ended: dict[str, End] = {}  # in the order of their ends
         self._ended_bytes = 0
+        self._replies: dict[str, bytes] = {}  # of requests that are not kept, while they run
         self._swept_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self.entries: dict[str, Entry] = {}
@@ -204,6 +205,7 @@ class Journal:
 
     def forget_reply(self, request_id: str) -> None:
         """A request whose output is not kept has ended."""
+        self._replies.pop(request_id, None)
         self._append(write_record(ENDED, request_id, None))
 
     @contextlib.contextmanager
@@ -212,7 +214,8 @@ class Journal:
         if self._log is None:
             yield
             return
-        self._append(write_accepted(accepted))
+        self._replies[accepted.id] = payload = write_accepted(accepted)
+        self._append(payload)
         try:
             yield
         finally:
@@ -301,22 +304,33 @@ class Journal:
                     self.forget(request_id)
         while len(self._ended) > MAX_ENDED or self._ended_bytes > MAX_ENDED_BYTES:
             self.forget(next(iter(self._ended)))
+        if self._is_log_long():
+            self._start(self._compact())
+
+    def _is_log_long(self) -> bool:
+        """Whether more than half of a long log is of what was forgotten."""
         log = self._log
-        if log is not None and log.size > COMPACT_BYTES and not log.is_compacting:
-            kept = [record for entry in self.entries.values() for record in entry.records]
-            if log.size > 2 * sum(map(len, kept)):
-                self._start(self._compact(log, kept))
+        if log is None or log.is_compacting or log.size <= COMPACT_BYTES:
+            return False
+        return log.size > 2 * sum(entry.num_bytes for entry in self.entries.values())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compact(self, log: DurableLog, kept: list[bytes]) -> None:
+    async def _compact(self) -> None:
+        # Nothing may be appended between this look at what is kept and the log's own beginning,
+        # so both are here, and not with who asked for it: tasks begin later.
+        log = self._log
+        if log is None or not self._is_log_long():
+            return
+        kept = [record for entry in self.entries.values() for record in entry.records]
         try:
-            await log.compact(kept)
+            await log.compact([*kept, *self._replies.values()])
         except OSError as error:
-            self._give_up(error)
+            if self._log is log:  # else it was closed or given up meanwhile
+                self._give_up(error)
 
 
 async def _drain(
@@ -326,7 +340,8 @@ async def _drain(
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 record.append(batch)
+        record.finish(get_last())
     except TwostrokeError as error:
         record.fail(error)
-    else:
-        record.finish(get_last())
+    finally:
+        record.leave()
