@@ -108,14 +108,15 @@ def test_a_refused_line_is_answered_with_its_status(tmp_path: Path) -> None:
 def test_a_busy_application_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twostroke.server.batch._BUSY_S", 0.0)
     source, target = write_input(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
-    run(Echo(429, 503, 200), source, target)
+    run(Echo(429, 429, 200), source, target)
     assert read_answers(target)["r0"]["response"]["status_code"] == 200
 
 
-def test_a_failure_of_ours_is_no_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failure_of_ours_is_no_answer(tmp_path: Path, status: int) -> None:
     source, target = write_input(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
     with pytest.raises(ExceptionGroup) as caught:
-        run(Echo(500), source, target)
+        run(Echo(status), source, target)
     assert caught.group_contains(EngineClosed)
     assert target.read_bytes() == b""
 

@@ -25,8 +25,9 @@ from twostroke.errors import EngineClosed, InvalidParameter
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 AT_ONCE = 64
 MAX_ID_CHARS = 512
-# Being told to come back is no answer; these are asked again after so many seconds.
-_BUSY = (429, 503)
+# Being told to come back is no answer: it is asked again after so many seconds. What is unavailable
+# (503) stays so: only an engine that is closed or lost answers that.
+_BUSY = 429
 _BUSY_S = 2.0
 
 
@@ -130,7 +131,7 @@ async def _ask(app: ASGIApp, line: BatchLine) -> tuple[int, bytes]:
     """Status and body of the application's answer; asked again while it is busy."""
     while True:
         status, body = await _call(app, line)
-        if status not in _BUSY:
+        if status != _BUSY:
             return status, body
         await asyncio.sleep(_BUSY_S)
 
