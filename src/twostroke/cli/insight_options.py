@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from twostroke.cli.options import show
+from twostroke.cli.options import CLIENT_KEY, JSON_FOR_TABLES, THREADS, show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +33,14 @@ class ExplainOptions:
     max_tokens: int = field(
         default=64, metadata=show("New tokens of --prompt.", "--max-tokens", "-n", least=1)
     )
-    api_key: str | None = field(
-        default=None, metadata=show("Key of a server that asks for one.", default="none")
-    )
+    api_key: str | None = field(default=None, metadata=CLIENT_KEY)
     trace_output: str | None = field(
         default=None,
         metadata=show(
             "Write steps and requests as a trace that ui.perfetto.dev opens.", metavar="FILE"
         ),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object instead of tables.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_FOR_TABLES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +59,7 @@ class AblateOptions:
             metavar="NAMES",
         ),
     )
-    threads: int | None = field(
-        default=None,
-        metadata=show("Threads that compute.", default="physical cores", least=1),
-    )
+    threads: int | None = field(default=None, metadata=THREADS)
     output: list[str] | None = field(
         default=None,
         metadata=show(
@@ -86,9 +79,7 @@ class AdviseOptions:
     url: str = field(
         default="http://127.0.0.1:8000", metadata=show("The server's address.", metavar="URL")
     )
-    api_key: str | None = field(
-        default=None, metadata=show("Key of a server that asks for one.", default="none")
-    )
+    api_key: str | None = field(default=None, metadata=CLIENT_KEY)
     json: bool = field(
         default=False, metadata=show("Print one JSON object instead of text.", "--json")
     )

@@ -30,6 +30,13 @@ def show(help: str, *names: str, **shown: Any) -> dict[str, Shown]:
     return {"shown": Shown(help, names, **shown)}
 
 
+# Options that stand in groups of several commands, each written once.
+THREADS = show("Threads that compute.", default="physical cores", least=1)
+CLIENT_KEY = show("Key of a server that asks for one.", default="none")
+JSON_LINE = show("Print one JSON object as the last line.", "--json")
+JSON_FOR_TABLES = show("Print one JSON object instead of tables.", "--json")
+
+
 def get_shown(which: Field[Any]) -> Shown:
     """How a field of a group is presented."""
     shown: Shown = which.metadata["shown"]
@@ -169,9 +176,7 @@ class ProfileOptions:
         default=1,
         metadata=show("Equal requests at once.", "--requests", "--batch", least=1, most=64),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object instead of tables.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_FOR_TABLES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from twostroke.cli.options import show
+from twostroke.cli.options import JSON_LINE, THREADS, show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +128,7 @@ class SimulationOutput:
             metavar="FILE",
         ),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object as the last line.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_LINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +168,7 @@ class RooflineOptions:
         default=None,
         metadata=show("Write a picture (.png, .svg); may be given several times.", metavar="FILE"),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object as the last line.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_LINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,9 +198,7 @@ class BenchOptions:
             metavar="FILE",
         ),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object as the last line.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_LINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,9 +302,7 @@ class PlanOptions:
             metavar="FILE",
         ),
     )
-    json: bool = field(
-        default=False, metadata=show("Print one JSON object as the last line.", "--json")
-    )
+    json: bool = field(default=False, metadata=JSON_LINE)
     seed: int = field(default=0, metadata=show("Of the drawn requests.", least=0))
 
 
@@ -362,9 +354,7 @@ class LabOptions:
         default="smollm2-135m",
         metadata=show("What units on the real engine run.", metavar="NAME"),
     )
-    threads: int | None = field(
-        default=None, metadata=show("Threads that compute.", default="physical cores", least=1)
-    )
+    threads: int | None = field(default=None, metadata=THREADS)
     output: list[str] | None = field(
         default=None,
         metadata=show(
