@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from twostroke.bench.ablation import Ablation, Ablations
 from twostroke.cli.insight_options import AblateOptions
 from twostroke.cli.machine import read_machine
 from twostroke.errors import EngineError, InvalidParameter
+from twostroke.lab.unit import check_picture, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 _TABLE_WIDTH = 110
@@ -29,6 +32,9 @@ def run_ablate(options: AblateOptions) -> None:
     threads = options.threads or read_machine().cores
     ablations = Ablations(options.model, threads)
     names = choose_techniques(options.only, tuple(ablations.known))
+    pictures = [Path(path) for path in options.output or ()]
+    for path in pictures:
+        check_picture(path)
     begin = time.monotonic()
     done: list[Ablation] = []
     with ablations.open() as bench:
@@ -36,8 +42,6 @@ def run_ablate(options: AblateOptions) -> None:
             print(f"{name} …", file=sys.stderr, flush=True)
             done.append(ablations.known[name](bench))
     seconds = time.monotonic() - begin
-    for path in options.output or ():
-        draw(done, f"{options.model}, {threads} threads", Path(path))
     if options.json:
         print(json.dumps(describe(options.model, threads, seconds, done)))
     else:
@@ -46,6 +50,8 @@ def run_ablate(options: AblateOptions) -> None:
         console = Console(highlight=False)
         console.width = max(console.width, _TABLE_WIDTH)
         console.print(build_table(f"{options.model}, {threads} threads, {seconds:.0f} s", done))
+    for path in pictures:
+        draw(done, f"{options.model}, {threads} threads", path)
     broken = [one.technique for one in done if one.promised and one.same_tokens < 1]
     if broken:
         raise EngineError(f"other tokens than promised with: {', '.join(broken)}")
@@ -128,14 +134,15 @@ def describe(
 
 
 def draw(ablations: Sequence[Ablation], title: str, path: Path) -> None:
-    """Write a picture of all gains, .png or .svg, on a scale of ratios; readable in grey."""
-    if path.suffix not in (".png", ".svg"):
-        raise InvalidParameter("output", f"must end in .png or .svg, not {path.name!r}")
-    import matplotlib as mpl
+    """Write a picture of all gains, .png or .svg, on a scale of ratios; readable in grey.
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
+    Raises InvalidParameter where it cannot be.
+    """
+    height = 1.4 + 0.36 * sum(len(ablation.numbers) for ablation in ablations)
+    save_figure(partial(_fill, ablations, title), path, (10, height))
 
+
+def _fill(ablations: Sequence[Ablation], title: str, figure: Figure) -> None:
     labels, gains, texts = [], [], []
     for ablation in ablations:
         for number in ablation.numbers:
@@ -145,8 +152,7 @@ def draw(ablations: Sequence[Ablation], title: str, path: Path) -> None:
             values = f"{_format(number.without)} → {_format(number.with_it)}{unit}"
             texts.append(f"{_format(number.gain)}x  ({values})")
     spots = list(range(len(labels)))[::-1]
-    height = 1.4 + 0.36 * len(labels)
-    figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
     colours = ["0.35" if gain >= 1 else "0.8" for gain in gains]
     axes.barh(spots, [gain - 1 for gain in gains], left=1, color=colours, edgecolor="black")
     for spot, gain, text in zip(spots, gains, texts, strict=True):
@@ -158,10 +164,3 @@ def draw(ablations: Sequence[Ablation], title: str, path: Path) -> None:
     axes.set_yticks(spots, labels, fontsize=8)
     axes.set_xlabel("times better with the technique (light bars: worse)")
     axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise InvalidParameter("output", f"{path} cannot be written: {error}") from None
-    finally:
-        pyplot.close(figure)

@@ -15,7 +15,7 @@ from twostroke.cli.machine import read_machine
 from twostroke.cli.question_options import LabOptions
 from twostroke.errors import InvalidParameter
 from twostroke.lab.question import Question, format_value, grade
-from twostroke.lab.unit import PICTURES, Setup, Unit
+from twostroke.lab.unit import Setup, Unit, check_picture
 from twostroke.lab.units import find_unit, list_units
 
 _EXERCISE = "exercise"
@@ -55,8 +55,7 @@ def _read_number(text: str | None) -> int:
 def _run_experiment(unit: Unit, options: LabOptions) -> None:
     paths = [Path(each) for each in options.output or ()]
     for path in paths:
-        if path.suffix.lower() not in PICTURES:
-            raise InvalidParameter("output", f"must end in .png or .svg, not {path.name!r}")
+        check_picture(path)
     print(f"{unit.number}. {unit.title}\n\n{unit.idea}\n")
     begin = time.monotonic()
     findings = unit.run(Setup(options.model, options.threads or read_machine().cores))

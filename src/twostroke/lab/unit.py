@@ -66,6 +66,12 @@ class Unit:
         return rng.choice(self.questions)(rng)
 
 
+def check_picture(path: Path) -> None:
+    """Raise InvalidParameter for a file name that is no picture's."""
+    if path.suffix.lower() not in PICTURES:
+        raise InvalidParameter("output", f"must end in .png or .svg, not {path.name!r}")
+
+
 def save_figure(
     fill: Callable[[Figure], None], path: Path, size: tuple[float, float] = (8, 4.6)
 ) -> None:
@@ -74,8 +80,7 @@ def save_figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if path.suffix.lower() not in PICTURES:
-        raise InvalidParameter("output", f"must end in .png or .svg, not {path.name!r}")
+    check_picture(path)
     with rc_context({"font.size": 9, "svg.hashsalt": "twostroke", "axes.titlelocation": "left",
                      "axes.spines.top": False, "axes.spines.right": False}):  # fmt: skip
         figure = Figure(figsize=size, layout="constrained")
