@@ -29,6 +29,14 @@ def test_thirteen_billion_parameters_at_4096_tokens_leave_3355443200_bytes() -> 
         assert is_right(THIRTEEN, answer)
 
 
+def test_three_digits_are_enough_and_two_are_not() -> None:
+    question = Question("", 100.49, "steps", "")
+    assert is_right(question, "100")
+    assert not is_right(question, "99")
+    for answer in ("0.505 s", ".505 s", "505 ms", "5.05e-1 s"):
+        assert is_right(Question("", 0.505, "s", ""), answer)
+
+
 def test_near_misses_of_bytes_are_refused() -> None:
     for answer in ("4,194,304,000 bytes", "4 GB", "3.125 GB", "3.4 GB", "3.3 GB", "3.36 GiB"):
         assert not is_right(THIRTEEN, answer)
@@ -65,6 +73,7 @@ def test_near_misses_of_a_count_are_refused() -> None:
         (SEVEN, "208"),
         (SEVEN, "208 compute or memory"),
         (WHOLE, "28 GB"),
+        (WHOLE, "28 s"),
     ],
 )
 def test_an_answer_without_its_number_unit_or_word_is_no_answer(

@@ -44,7 +44,7 @@ def simulate_batching(station: Station, pace: str, seed: int = 1) -> Batching:
     end_ns = int(columns["ended_ns"].max())
     tokens = int(columns["new_tokens"].sum())
     computed = tokens + int(columns["prompt_tokens"].sum())
-    peak = station.device.get_rate("fp32") * end_ns / 1e9
+    peak = station.device.get_rate("bf16") * end_ns / 1e9
     return Batching(
         tokens_per_s=tokens * 1e9 / end_ns,
         busy=totals.busy_ns / end_ns,

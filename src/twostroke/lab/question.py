@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from twostroke.errors import InvalidParameter
 
-_NUMBER = re.compile(r"[-+]?[0-9][0-9,_]*(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(r"[-+]?([0-9][0-9,_]*(\.[0-9]+)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _BYTES = {"byte": 1.0, "bytes": 1.0, "b": 1.0}
 _BYTES |= {f"{letter}b": 1000.0**power for power, letter in enumerate("kmgt", 1)}
 _BYTES |= {f"{letter}ib": 1024.0**power for power, letter in enumerate("kmgt", 1)}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _KINDS = {"bytes": _BYTES, "s": _SECONDS}
-ROUNDING = 0.004
+ROUNDING = 0.005  # the most that rounding to three digits changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ def _get_factor(question: Question, unit: str) -> float:
             raise InvalidParameter("answer", f"needs a unit: one of {', '.join(units)}")
         return units[unit]
     is_word = any(word in unit for word in question.words)
-    if not is_word and not question.unit.lower().startswith(unit.removesuffix("s")):
+    is_name = not unit or bool(unit.removesuffix("s"))  # a plural, not seconds
+    if not is_word and not (is_name and question.unit.lower().startswith(unit.removesuffix("s"))):
         raise InvalidParameter("answer", f"is asked in {question.unit}, not in {unit!r}")
     return 1.0

@@ -45,14 +45,15 @@ def run(setup: Setup) -> Findings:
 def ask_decode_floor(model: str, device: str) -> Question:
     """The least time of a decode step: weights over bandwidth."""
     spec, known = get_known_model(model), get_known_device(device)
-    weights, bandwidth = spec.weight_bytes, known.memory_bandwidth
+    weights_gb, bandwidth = round(spec.weight_bytes / 1e9, 2), known.memory_bandwidth
+    seconds = weights_gb * 1e9 / bandwidth
     return Question(
-        f"{model} has {weights / 1e9:.2f} GB of weights in 16 bits, {device} reads "
+        f"{model} has {weights_gb:.2f} GB of weights in 16 bits, {device} reads "
         f"{bandwidth / 1e12:g} TB/s. What is the least time of a decode step?",
-        round(weights / 1e9, 2) * 1e9 / bandwidth,
+        seconds,
         "s",
-        f"Every weight is read once: {weights / 1e9:.2f} GB / {bandwidth / 1e12:g} TB/s = "
-        f"{weights / bandwidth * 1e3:.2f} ms.",
+        f"Every weight is read once: {weights_gb:.2f} GB / {bandwidth / 1e12:g} TB/s = "
+        f"{seconds * 1e3:.2f} ms.",
     )
 
 
