@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
@@ -29,9 +30,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOSTROKE_CACHE", str(tmp_path / "cache"))
 
 
-def answer(model: Path, prompts: list[list[int]], **options: object) -> tuple[LLM, list[object]]:
+def answer(
+    model: Path, prompts: list[list[int]], **options: Unpack[LLMOptions]
+) -> tuple[LLM, list[object]]:
     """The engine, closed, and the tokens of every answer."""
-    chosen: LLMOptions = {"threads": 1, **options}  # type: ignore[typeddict-item]
+    chosen: LLMOptions = {"threads": 1, **options}
     with LLM(model, **chosen) as llm:
         outputs = llm.generate(prompts, PARAMS)
     return llm, [output.completions[0].tokens for output in outputs]

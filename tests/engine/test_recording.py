@@ -18,6 +18,7 @@ from twostroke.engine.recording import (
     Cancel,
     Commit,
     Header,
+    Input,
     Lose,
     Plan,
     Recording,
@@ -56,7 +57,7 @@ def record_random(seed: int) -> tuple[Recording, Policies]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording on disk that has every kind of input."""
     path = tmp_path_factory.mktemp("recording") / "run.jsonl"
-    found: list[object] = []
+    found: list[Input] = []
     config = None
     for seed in SEEDS:
         recording, _ = record_random(seed)
@@ -65,7 +66,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if len({type(one) for one in found}) == 7:
             break
     assert config is not None
-    write_recording(Recording(Header("fake", config), tuple(found)), path)  # type: ignore[arg-type]
+    write_recording(Recording(Header("fake", config), tuple(found)), path)
     return path
 
 

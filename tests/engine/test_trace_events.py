@@ -21,7 +21,8 @@ def report() -> dict[str, Any]:
     executor.behave = executor.answer_threaded
     with OfflineLLM(make_parts(executor)) as llm:
         llm.generate(["abcdef", "gh", "i"], SamplingParams(max_tokens=9, temperature=0.0))
-        return json.loads(json.dumps(build_report(llm.attribution)))  # type: ignore[no-any-return]
+        written: dict[str, Any] = json.loads(json.dumps(build_report(llm.attribution)))
+    return written
 
 
 def get_spans(trace: dict[str, Any]) -> list[dict[str, Any]]:

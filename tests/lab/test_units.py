@@ -14,7 +14,7 @@ from twostroke.cli.lab import run_lab
 from twostroke.cli.question_options import LabOptions
 from twostroke.errors import InvalidParameter
 from twostroke.lab.notebooks import build_notebook, get_file_name
-from twostroke.lab.unit import Findings, Setup
+from twostroke.lab.unit import Findings, Setup, Unit
 from twostroke.lab.units import find_unit, list_units
 
 FOLDER = REPO / "docs" / "lab"
@@ -42,10 +42,9 @@ def test_a_wrong_number_names_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("unit", list_units(), ids=lambda unit: str(unit.number))
-def test_notebooks_are_current(unit: object) -> None:
-    found = find_unit(unit.number)  # type: ignore[attr-defined]
-    path = FOLDER / get_file_name(found)
-    assert path.read_text(encoding="utf-8") == build_notebook(found), "run `make docs`"
+def test_notebooks_are_current(unit: Unit) -> None:
+    path = FOLDER / get_file_name(unit)
+    assert path.read_text(encoding="utf-8") == build_notebook(unit), "run `make docs`"
 
 
 @pytest.mark.slow

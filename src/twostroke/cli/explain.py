@@ -45,7 +45,6 @@ class Line:
     name: str
     ns: float
     floor_ns: float | None = None
-    bound_by: str = ""
 
 
 def run_explain(options: ExplainOptions, on: MachineOptions) -> None:
@@ -190,7 +189,7 @@ def _build_table(title: str, lines: Sequence[Line]) -> Table:
         table.add_row(line.name, *_format(line, whole))
     floors = [line.floor_ns for line in lines if line.floor_ns is not None]
     total = Line("all", whole, sum(floors) if floors else None)
-    table.add_row("all", *_format(total, whole)[:], style="bold")
+    table.add_row("all", *_format(total, whole), style="bold")
     return table
 
 
