@@ -85,9 +85,6 @@ def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
     cost = RooflineCost(spec, device, tp, ENGINES[engine][0], get_model_work(spec, element))
     block_bytes = options.block_tokens * spec.get_kv_bytes_per_token(element)
     num_blocks, pool_reason = _size_pool(options, spec, device, block_bytes)
-    pool = (
-        f"{format_bytes(num_blocks * block_bytes)} = {num_blocks * options.block_tokens:,} tokens"
-    )
     weights = format_bytes(spec.weight_bytes)
     pool_tokens = num_blocks * options.block_tokens
     pool = f"{format_bytes(num_blocks * block_bytes)} = {pool_tokens:,} tokens"
