@@ -15,8 +15,9 @@ from twostroke.cli.settings import (
     keep_on_cpu,
     resolve_settings,
 )
-from twostroke.cli.step_cost import find_step_cost, get_calibration_path
+from twostroke.cli.step_cost import find_step_cost
 from twostroke.errors import InvalidParameter
+from twostroke.plan.step_time import MeasuredCost
 from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
 from twostroke.weights.catalog import resolve
@@ -37,7 +38,8 @@ def open_this(
     with open_model(resolve(model)) as opened:
         spec = opened.spec
     resolved = resolve_settings(settings, spec, read_machine())
+    cost = find_step_cost(spec, resolved)
     source = "limits measured now; `twostroke calibrate` would tell it better"
-    if get_calibration_path(spec, resolved).exists():
+    if isinstance(cost, MeasuredCost):
         source = "its calibration"
-    return spec, resolved, find_step_cost(spec, resolved), source
+    return spec, resolved, cost, source
