@@ -13,7 +13,7 @@ from dataclasses import asdict
 from twostroke.cli.fetch import fetch_text
 from twostroke.cli.insight_options import AdviseOptions
 from twostroke.errors import InvalidParameter
-from twostroke.plan.advice import LEAST_STEPS, Advice, Snapshot, advise
+from twostroke.plan.advice import LEAST_GAIN, LEAST_STEPS, Advice, Snapshot, advise
 
 _PREFIX = "twostroke_"
 
@@ -92,7 +92,8 @@ def format_advice(snapshot: Snapshot, found: Sequence[Advice]) -> str:
     if snapshot.steps < LEAST_STEPS:
         lines.append(f"Too few steps to advise on: at least {LEAST_STEPS} are needed.")
     elif not found:
-        lines.append("No change would help by 5 % or more: nothing stands out in these counters.")
+        least = f"{LEAST_GAIN:.0%}"
+        lines.append(f"No change would help by {least} or more: nothing stands out here.")
     for place, one in enumerate(found, start=1):
         lines.append(f"{place}. {one.change}")
         lines.append(f"   at most {one.gain:.0%} of the {one.target}: {one.evidence}")

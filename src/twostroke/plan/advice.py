@@ -28,7 +28,7 @@ class Snapshot:
 
     cause_seconds: wall time of steps by engine/accounts.CAUSES. floor_seconds: least time of their
     work. queue_seconds, prefill_seconds, decode_seconds: summed over requests that ended. waiting:
-    now. kv_usage: share of the pool's blocks in use now. swaps: of the preemptions.
+    now. kv_usage: share of the pool's blocks in use now.
     """
 
     steps: int = 0
