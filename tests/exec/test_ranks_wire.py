@@ -25,13 +25,12 @@ from twostroke.exec.rank_wire import (
     Close,
     Message,
     RankEnd,
-    StepLost,
     WriteKv,
     decode,
     encode,
     open_group_end,
 )
-from twostroke.exec.step_wire import Decoder, PeerGone
+from twostroke.exec.step_wire import Decoder, PeerGone, StepLost
 
 SAMPLING = SamplingSpec(0.5, 3, 0.9, 0.1, 1.5, 0.2, 0.3, 2**63 + 1, ((4, -1.5), (9, 2.0)), 4, "g")
 PLAN = StepPlan(

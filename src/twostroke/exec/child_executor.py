@@ -22,7 +22,8 @@ from twostroke.core.types import BlockId, StepOutcome, StepPlan
 from twostroke.errors import BlamelessLoss, ExecutorLost
 from twostroke.exec.child_memory import Bytes, SharedMemory
 from twostroke.exec.child_process import ChildProcess
-from twostroke.exec.child_wire import Broken, Message, Ready, StepLost, encode
+from twostroke.exec.child_wire import Message, Ready, encode
+from twostroke.exec.step_wire import Broken, StepLost
 
 # How often a child that owes an answer is looked at. Stopped at two looks in a row, it is lost.
 LOOK_NS = 100 * 10**6

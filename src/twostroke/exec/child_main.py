@@ -8,6 +8,7 @@ for the parent to say.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -21,9 +22,9 @@ from twostroke.core.ports import StepAnswer
 from twostroke.core.types import StepPlan
 from twostroke.errors import DeviceError, ExecutorLost
 from twostroke.exec.child_memory import MappedMemory, MemorySizes
-from twostroke.exec.child_wire import Begin, Broken, Message, Ready, StepLost, decode, encode
+from twostroke.exec.child_wire import Begin, Message, Ready, decode, encode
 from twostroke.exec.local import LocalExecutor
-from twostroke.exec.step_wire import FINGERPRINT, PeerGone, WaitingEnd
+from twostroke.exec.step_wire import FINGERPRINT, Broken, PeerGone, StepLost, WaitingEnd
 
 MakeExecutor = Callable[[tuple[Any, ...], MappedMemory], LocalExecutor]
 
@@ -59,7 +60,8 @@ def serve(end: WaitingEnd[Message]) -> int:
     except PeerGone:
         return 0
     except Exception as error:  # noqa: BLE001 outermost frame: the parent hears why a child ends
-        end.send(encode(Broken(type(error).__name__, str(error))))
+        with contextlib.suppress(PeerGone):
+            end.send(encode(Broken(type(error).__name__, str(error))))
         return 1
 
 

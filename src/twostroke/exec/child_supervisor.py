@@ -21,7 +21,7 @@ from twostroke.errors import DeviceError, ExecutorLost, ModelError
 from twostroke.exec.child_executor import START_NS, ChildExecutor, Deadline
 from twostroke.exec.child_memory import MemorySizes, SharedMemory
 from twostroke.exec.child_process import ChildProcess, ChildSetup
-from twostroke.exec.child_wire import Broken
+from twostroke.exec.step_wire import Broken
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from twostroke.core.types import StepOutcome, StepPlan
-from twostroke.exec.step_wire import FINGERPRINT, FIRST_OTHER, decode_step, encode_step, frame
+from twostroke.exec.step_wire import (
+    FINGERPRINT,
+    FIRST_OTHER,
+    Broken,
+    StepLost,
+    decode_step,
+    encode_step,
+    frame,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +43,6 @@ class Ready:
     """The child can take steps; info: the values of its ExecutorInfo, in order."""
 
     info: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The child cannot go on: the name of the error's class and its text."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepLost:
-    """A step failed, and the child has lived on."""
-
-    step: int
-    reason: str
 
 
 Message = Begin | Ready | Broken | StepLost | StepPlan | StepOutcome

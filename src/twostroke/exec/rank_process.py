@@ -14,7 +14,8 @@ import sys
 import time
 
 from twostroke import errors
-from twostroke.exec.rank_wire import Broken, open_group_end
+from twostroke.exec.rank_wire import open_group_end
+from twostroke.exec.step_wire import Broken
 from twostroke.spec.ranks import RankPlace
 
 # argv: the socket's descriptor, and where the group's interpreter finds modules.

@@ -16,7 +16,9 @@ from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import BlockId, StepOutcome, StepPlan
 from twostroke.exec.step_wire import (
     FIRST_OTHER,
+    Broken,
     EagerEnd,
+    StepLost,
     WaitingEnd,
     decode_step,
     encode_step,
@@ -52,22 +54,6 @@ class Ready:
     """A rank can take steps."""
 
     info: ExecutorInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A rank cannot go on: the name of the error's class and its text."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepLost:
-    """A rank's executor answered a step with ExecutorLost."""
-
-    step: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

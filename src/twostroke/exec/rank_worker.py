@@ -22,17 +22,15 @@ from twostroke.core.types import StepOutcome, StepPlan
 from twostroke.errors import ExecutorLost
 from twostroke.exec.rank_wire import (
     Begin,
-    Broken,
     Close,
     KvBytes,
     RankContext,
     RankEnd,
     ReadKv,
     Ready,
-    StepLost,
     WriteKv,
 )
-from twostroke.exec.step_wire import PeerGone
+from twostroke.exec.step_wire import Broken, PeerGone, StepLost
 
 _log = logging.getLogger(__name__)
 

@@ -28,17 +28,16 @@ from twostroke.errors import DeviceError, ExecutorLost, ModelError, TwostrokeErr
 from twostroke.exec.rank_process import RankProcess, end_processes, explain, get_text
 from twostroke.exec.rank_wire import (
     Begin,
-    Broken,
     Close,
     KvBytes,
     Message,
     RankContext,
     ReadKv,
     Ready,
-    StepLost,
     WriteKv,
     encode,
 )
+from twostroke.exec.step_wire import Broken, StepLost
 from twostroke.spec.ranks import RankLayout, RankPlace
 
 _TICK_S = 0.1  # how late a deadline is noticed at most

@@ -1,12 +1,13 @@
 """Plans and outcomes as bytes, and the two ends of a socket that carries messages.
 
 Whoever runs steps in another process sends them this way: ranks of a group (`rank_wire.py`) and the
-executor's child (`child_wire.py`), whose other messages are their own. Plans and outcomes cross
-once a step and are most of the traffic: they go as plain tuples through `marshal`, field for field
-as their dataclasses list them, so that a new field is carried, or refused where `marshal` does not
-know its type, and never dropped. A sequence or its sampling comes out as the same object in every
-step, which lets a batch builder see that a batch goes on. Both ends must be one version of this
-program: `FINGERPRINT` tells whether they are. Owns no socket's life: who opened one closes it.
+executor's child (`child_wire.py`), whose other messages, but for two, are their own. Plans and
+outcomes cross once a step and are most of the traffic: they go as plain tuples through `marshal`,
+field for field as their dataclasses list them, so that a new field is carried, or refused where
+`marshal` does not know its type, and never dropped. A sequence or its sampling comes out as the
+same object in every step, which lets a batch builder see that a batch goes on. Both ends must be
+one version of this program: `FINGERPRINT` tells whether they are. Owns no socket's life: who opened
+one closes it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
@@ -41,6 +42,22 @@ M = TypeVar("M")
 _HEADER = struct.Struct("<QB")  # bytes of the body, kind of message
 _RECEIVE_BYTES = 1 << 20
 A_PLAN, AN_OUTCOME, FIRST_OTHER = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Who runs steps cannot go on: the name of the error's class and its text."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepLost:
+    """The executor answered a step with ExecutorLost, and its process lives on."""
+
+    step: int
+    reason: str
 
 
 def encode_step(message: StepPlan | StepOutcome) -> bytes:
