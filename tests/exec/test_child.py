@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,10 +20,20 @@ from places import REPO
 from rank_fakes import make_plan
 from tiny_models import TINY_SPECS, VOCAB, make_config
 from tiny_models import run_requests as run_local
-from twostroke.core.types import Failed, Finished, Request, SamplingSpec
+from twostroke.core.types import (
+    Failed,
+    Finished,
+    Request,
+    Row,
+    SamplingSpec,
+    SequenceId,
+    StepOutcome,
+    StepPlan,
+)
 from twostroke.errors import BlamelessLoss, DeviceError, ExecutorLost
 from twostroke.exec import child_supervisor
 from twostroke.exec.child_executor import ChildExecutor
+from twostroke.exec.child_memory import MemorySizes, SharedMemory
 
 
 def make_requests(tokens: int) -> list[Request]:
@@ -141,6 +153,46 @@ def test_children_that_never_answer_are_given_up(monkeypatch: pytest.MonkeyPatch
             supervisor.replace(ExecutorLost("it died"))
     finally:
         supervisor.close()
+
+
+def test_a_spare_that_cannot_be_started_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*unused: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    supervisor = open_supervisor()
+    try:
+        executor = supervisor.open()
+        monkeypatch.setattr(child_supervisor, "ChildProcess", refuse)
+        answers: list[object] = []
+        row = Row(SequenceId("r", 0), (3, 4), 0, (0,), SamplingSpec())
+        executor.start(StepPlan(0, (row,)), answers.append)
+        while not answers:
+            executor.run_pending()
+        assert isinstance(answers[0], StepOutcome)
+        assert executor.lost is None
+        with pytest.raises(ExecutorLost, match="too many open files"):
+            supervisor.replace(ExecutorLost("it died"))
+    finally:
+        supervisor.close()
+
+
+def test_memory_is_reserved_only_while_it_is_wanted() -> None:
+    memory = SharedMemory(MemorySizes(1 << 20))
+    try:
+        memory.reserve(lambda: False)
+        assert os.fstat(memory.descriptor).st_blocks == 0
+        memory.reserve()
+        assert os.fstat(memory.descriptor).st_blocks * 512 >= memory.sizes.total
+    finally:
+        memory.close()
+
+
+@pytest.mark.parametrize("kv_bytes", [1 << 60, 1 << 70])
+def test_memory_that_cannot_be_had_is_refused(kv_bytes: int) -> None:
+    before = list_descriptors()
+    with pytest.raises(DeviceError, match="cannot be shared"):
+        SharedMemory(MemorySizes(kv_bytes))
+    assert list_descriptors() <= before
 
 
 def test_no_descriptor_and_no_process_is_left() -> None:

@@ -182,8 +182,8 @@ class ChildExecutor:
                 self._free_ns = now_ns
                 self._look_ns = now_ns + LOOK_NS
                 self._was_stopped = False
-                self._on_answer()
                 flight.on_done(message)
+                self._on_answer()
             case Ready(info):
                 self._info = ExecutorInfo(*info)
                 self._free_ns = now_ns

@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ Bytes = NDArray[np.uint8]
 
 _FOLDER = "/dev/shm"
 _MARK = struct.Struct("<Q")
-_CHUNK = 32 << 20  # reserved in one go, so that closing need not wait for all of it
+_CHUNK = 32 << 20  # reserved in one go: so much of it may a close have to wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +64,26 @@ class SharedMemory:
         self.sizes = sizes
         self.descriptor = _open_file(sizes.total)
         self._close = weakref.finalize(self, os.close, self.descriptor)
-        os.ftruncate(self.descriptor, sizes.total)
-        self.mapped = MappedMemory(self.descriptor, sizes)
+        try:
+            os.ftruncate(self.descriptor, sizes.total)
+            self.mapped = MappedMemory(self.descriptor, sizes)
+        except (OSError, OverflowError) as error:
+            self._close()
+            raise DeviceError(f"{sizes.total:,} bytes cannot be shared: {error}") from error
 
     def close(self) -> None:
         """Let go of it, for good; again does nothing."""
         self._close()
         self.mapped.close()
 
-    def reserve(self) -> None:
+    def reserve(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Take the memory now: what was granted once cannot be lacking later.
 
-        Slow for a large pool, so it runs beside other things. Raises OSError when memory is short.
+        Slow for a large pool, so it runs beside other things, and stops early once it is not
+        wanted; must be over before `close`. Raises OSError when memory is short.
         """
         for start in range(0, self.sizes.total, _CHUNK):
-            if not self._close.alive:
+            if not is_wanted():
                 return
             os.posix_fallocate(self.descriptor, start, min(_CHUNK, self.sizes.total - start))
 

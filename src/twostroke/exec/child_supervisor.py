@@ -53,7 +53,11 @@ class ChildSupervisor:
 
         Raises DeviceError, or the ModelError that the child met; no process is left then.
         """
-        executor = self._make_executor(self._start_child())
+        try:
+            executor = self._make_executor(self._start_child())
+        except OSError as error:
+            self.close()
+            raise DeviceError(f"the executor's process cannot be started: {error}") from error
         self._threads.submit(self._reserve)
         while not executor.is_ready and executor.lost is None:
             waited_for = executor.poll_for
@@ -84,7 +88,11 @@ class ChildSupervisor:
         self.num_replaced += 1
         _log.warning("the executor is being replaced: %s", lost)
         spare, self._spare = self._spare, None
-        return self._make_executor(spare or self._start_child())
+        try:
+            return self._make_executor(spare or self._start_child())
+        except OSError as error:
+            self.close()
+            raise ExecutorLost(f"no process could be started: {error}") from error
 
     def close(self) -> None:
         """Ends every child and lets go of the memory; again does nothing."""
@@ -112,12 +120,15 @@ class ChildSupervisor:
     def _note_answer(self) -> None:
         self._in_a_row = 0
         if self._spare is None and not self._closing.is_set():
-            self._spare = self._start_child()
+            try:
+                self._spare = self._start_child()
+            except OSError as error:
+                _log.warning("no spare could be started, until the next answer: %s", error)
 
     def _reserve(self) -> None:
         begin_s = time.monotonic()
         try:
-            self._memory.reserve()
+            self._memory.reserve(lambda: not self._closing.is_set())
         except OSError as error:
             _log.warning("the KV pool is larger than the memory there is now: %s", error)
         _log.debug("the KV pool was reserved in %.2f s", time.monotonic() - begin_s)
