@@ -170,10 +170,12 @@ def test_a_gpus_pool_is_settled_once_its_executor_knows_what_is_left(
     wanted = EngineSettings(
         model=str(model_file), device="cuda:1", exact=True, kv="int8", kv_memory="3MiB", max_rows=5
     )
+    wanted = replace(wanted, host_memory="1MiB")
     built = build_engine(wanted)
     options = opened[0].options
     assert (options.device, options.exact, options.max_rows) == ("cuda:1", True, 5)
     assert (options.kv_element, options.kv_bytes) == (KvElement.INT8, 3 * 2**20)
+    assert options.host_bytes == 2**20
     parts, settings = built.parts, built.settings
     assert settings.num_blocks == parts.scheduler.config.num_blocks == 9
     assert parts.scheduler.config.block_tokens == CUDA_BLOCK_TOKENS

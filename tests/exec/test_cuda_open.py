@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import replace
 
 import pytest
 
 from tiny_models import TINY_SPECS, make_tensors
-from twostroke.errors import DeviceError, UnsupportedModel
+from twostroke.core.ports import StepAnswer
+from twostroke.core.types import BlockSwap, Row, SamplingSpec, SequenceId, StepOutcome, StepPlan
+from twostroke.errors import DeviceError, ExecutorLost, UnsupportedModel
 from twostroke.exec import cuda_open
 from twostroke.exec.cuda_device import HostDevice
 from twostroke.exec.cuda_memory import BLOCK_TOKENS, CudaOptions
@@ -17,6 +20,7 @@ from twostroke.spec.quant import Format
 
 SPEC = TINY_SPECS["llama"]
 OPTIONS = CudaOptions("cpu", KvElement.F16, 64, 4, SPEC.context_tokens)
+ROW = Row(SequenceId("r", 0), (3, 4, 5), 0, (0,), SamplingSpec())
 
 
 @pytest.mark.parametrize("element", [KvElement.F16, KvElement.INT8])
@@ -35,6 +39,24 @@ def test_the_pool_is_the_one_that_was_planned(element: KvElement, device: str) -
         -4 * SPEC.context_tokens // BLOCK_TOKENS
     )  # every row at its longest
     assert heard
+
+
+def test_host_memory_holds_the_blocks_that_fit_it(device: str) -> None:
+    tensors = make_tensors(SPEC, Format.F16)
+    block_bytes = BLOCK_TOKENS * SPEC.get_kv_bytes_per_token(OPTIONS.kv_element)
+    options = replace(OPTIONS, device=device, host_bytes=3 * block_bytes - 1)
+    executor = open_executor(SPEC, tensors, options).executor
+    answers: queue.SimpleQueue[StepAnswer] = queue.SimpleQueue()
+    executor.start(StepPlan(0, (ROW,)), answers.put)
+    assert isinstance(answers.get(), StepOutcome)
+    kept = executor.read_kv((0,))
+    moves = (BlockSwap(0, 1),), (BlockSwap(1, 1),)
+    executor.start(StepPlan(1, (replace(ROW, blocks=(2,)),), (), *moves), answers.put)
+    assert isinstance(answers.get(), StepOutcome)
+    assert executor.read_kv((1,)) == kept
+    executor.start(StepPlan(2, (ROW,), (), (BlockSwap(0, 2),)), answers.put)
+    assert isinstance(answers.get(), ExecutorLost)
+    executor.close()
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(

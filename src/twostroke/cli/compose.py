@@ -129,6 +129,7 @@ def _build_on_gpu(
         max_rows=settings.max_rows,
         context_tokens=model.spec.context_tokens,
         kv_bytes=settings.asked_kv_bytes,
+        host_bytes=settings.host_bytes,
         quantise=settings.weights,
         exact=settings.exact,
     )

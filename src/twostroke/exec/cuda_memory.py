@@ -47,9 +47,10 @@ class CudaOptions:
     """What an executor on a GPU is made for.
 
     device: as PyTorch names it. step_tokens, max_rows: of the largest step. context_tokens: of the
-    longest sequence. kv_bytes: of the pool; None takes what is left. quantise: "int4" or "int8"
-    makes of matrices of floats what it says; "" leaves them. exact: a token's results do not depend
-    on the other tokens of its step. world: devices that share the model.
+    longest sequence. kv_bytes: of the pool; None takes what is left. host_bytes: of host memory for
+    blocks that are moved out of it. quantise: "int4" or "int8" makes of matrices of floats what it
+    says; "" leaves them. exact: a token's results do not depend on the other tokens of its step.
+    world: devices that share the model.
     """
 
     device: str
@@ -58,6 +59,7 @@ class CudaOptions:
     max_rows: int
     context_tokens: int
     kv_bytes: int | None = None
+    host_bytes: int = 0
     quantise: str = ""
     exact: bool = False
     world: int = 1

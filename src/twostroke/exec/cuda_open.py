@@ -106,8 +106,13 @@ def assemble(
         device.synchronize()
     free, total = device.get_free()
     _log.info("%s: %d of %d bytes are free", device.name, free, total)
-    weight_bytes = count_weight_bytes(model.weights)
-    return CudaExecutor(runner, draws, device, CudaFacts(device.name, _name(device), weight_bytes))
+    facts = CudaFacts(
+        device=device.name,
+        backend=_name(device),
+        weight_bytes=count_weight_bytes(model.weights),
+        host_blocks=options.host_bytes // shape.block_bytes,
+    )
+    return CudaExecutor(runner, draws, device, facts)
 
 
 def _name(device: Device) -> str:
