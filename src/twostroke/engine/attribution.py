@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import sub
+from operator import add, sub
 
 from twostroke.core.types import Row, StepOutcome, StepPlan
 from twostroke.engine.accounts import (
@@ -104,8 +104,8 @@ class Attribution:
         self._ended: deque[EndedRequest] = deque(maxlen=REQUESTS_KEPT)
         self._live: dict[str, _Sums] = {}
         self._counts: Counter[str] = Counter()
-        self._part_ns: Counter[str] = Counter()
-        self._cause_ns: Counter[str] = Counter()
+        self._part_ns = [0] * len(WALL_PARTS)
+        self._cause_ns = dict.fromkeys(CAUSES, 0.0)
 
     @property
     def device(self) -> DeviceSpec | None:
@@ -179,8 +179,10 @@ class Attribution:
                 bytes=counts["bytes"],
                 floor_seconds=counts["floor_ns"] / 1e9,
                 wall_seconds=counts["wall_ns"] / 1e9,
-                part_seconds={name: self._part_ns[name] / 1e9 for name in WALL_PARTS},
-                cause_seconds={name: self._cause_ns[name] / 1e9 for name in CAUSES}
+                part_seconds={
+                    name: ns / 1e9 for name, ns in zip(WALL_PARTS, self._part_ns, strict=True)
+                },
+                cause_seconds={name: ns / 1e9 for name, ns in self._cause_ns.items()}
                 if self._counter.device is not None
                 else {},
             )
@@ -242,9 +244,10 @@ class Attribution:
         counts["bytes"] += floor.bytes
         counts["floor_ns"] += round(floor.ns)
         counts["wall_ns"] += account.wall_ns
-        _add_all(self._part_ns, zip(WALL_PARTS, account.part_ns, strict=True))
+        self._part_ns = list(map(add, self._part_ns, account.part_ns))
         if floor.part_ns:
-            _add_all(self._cause_ns, account.causes.items())
+            for name, ns in account.causes.items():
+                self._cause_ns[name] += ns
 
     def _share(self, account: StepAccount) -> None:
         """Divide the step among the requests in it: each has the whole of its time."""
@@ -290,11 +293,6 @@ def count_prompt(row: Row) -> int:
 def _sum(totals: Sequence[StepTotals]) -> StepTotals:
     """The totals of all rows together."""
     return StepTotals._make(map(sum, zip(*totals, strict=True))) if totals else _NO_TOTALS
-
-
-def _add_all(into: Counter[str], values: Iterable[tuple[str, float]]) -> None:
-    for name, value in values:
-        into[name] += value  # type: ignore[assignment]
 
 
 def _settle(timings: RequestTimings, sums: _Sums) -> RequestAccount:
