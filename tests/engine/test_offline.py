@@ -23,6 +23,7 @@ from twostroke.errors import (
     TemplateError,
 )
 from twostroke.text.chat import ChatTemplate
+from twostroke.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -174,6 +175,18 @@ def test_a_prompt_longer_than_the_pool_is_too_long() -> None:
     with make_llm(FakeExecutor(num_blocks=4)) as llm:
         with pytest.raises(PromptTooLong) as caught:
             llm.generate("x" * 20, GREEDY)
+        assert caught.value.limit_tokens == 15
+
+
+def test_a_text_that_no_tokens_could_hold_is_refused_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longest = "<bos>" + "<eos>" * 14  # of as many tokens as fit, each the longest
+    with make_llm(FakeExecutor(num_blocks=4)) as llm:
+        assert len(llm.generate(longest, GREEDY)[0].prompt_tokens) == 15
+        monkeypatch.setattr(Tokenizer, "encode", None)
+        with pytest.raises(PromptTooLong, match="76 characters are more than 15 tokens") as caught:
+            llm.generate(longest + "x", GREEDY)
         assert caught.value.limit_tokens == 15
 
 

@@ -25,6 +25,11 @@ def check_config(config: SchedulerConfig) -> None:
         raise InvalidParameter("cache_seed", "must be empty where KV is pre-allocated, not shared")
 
 
+def get_longest_prompt(config: SchedulerConfig) -> int:
+    """Tokens of the longest prompt that the context and the whole pool hold with a new token."""
+    return min(config.context_tokens, config.num_blocks * config.block_tokens) - 1
+
+
 def find_rejection(request: Request, config: SchedulerConfig) -> Rejected | None:
     """Why `request` can never be served under `config`, or None when it can."""
     fault = request.find_fault(config.vocab_size)
@@ -32,12 +37,11 @@ def find_rejection(request: Request, config: SchedulerConfig) -> Rejected | None
         return Rejected(fault)
     if config.reserve_tokens and request.n > 1:
         return Rejected("n: must be 1 where KV is pre-allocated, since it cannot be shared")
-    pool_tokens = config.num_blocks * config.block_tokens
-    limit, known = min(config.context_tokens, pool_tokens) - 1, len(request.prompt)
+    limit, known = get_longest_prompt(config), len(request.prompt)
     known += max((len(tokens or ()) for tokens in request.resumed), default=0)
     if known <= limit:
         return None
     where = "context" if known >= config.context_tokens else "KV pool"
-    size = config.context_tokens if where == "context" else pool_tokens
+    size = config.context_tokens if where == "context" else limit + 1
     reason = f"prompt: {known} tokens and one new token exceed the {where} of {size} tokens"
     return Rejected(reason, limit)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from twostroke.core.admission import get_longest_prompt
 from twostroke.core.ports import Clock, Executor
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import Rejected, Request
@@ -223,14 +224,28 @@ class EngineService:
         """Token ids of a prompt, checked; from any thread, and slow for a long one.
 
         add_special: let the tokenizer add its begin token, where the text does not bring it.
-        Raises InvalidRequest.
+        Raises InvalidRequest; PromptTooLong, before any tokenizing, for a text of more characters
+        than as many of the longest token as fit.
         """
         if not isinstance(prompt, str):
             return check_tokens(prompt, self._limits.vocab_size)
         if not prompt:
             raise InvalidRequest("the prompt is empty")
+        self._check_chars(len(prompt))
         tokens = self.parts.tokenizer.encode(prompt, add_special=add_special)
         return check_tokens(tokens, self._limits.vocab_size)
+
+    def _check_chars(self, chars: int) -> None:
+        limit = get_longest_prompt(self.parts.scheduler.config)
+        if chars <= limit:  # not worth looking at the vocabulary for
+            return
+        most = self.parts.tokenizer.most_token_chars
+        if chars > limit * most:
+            raise PromptTooLong(
+                f"prompt: {chars} characters are more than {limit} tokens of up to {most} can "
+                "hold, and no more tokens fit the context and the KV pool",
+                limit,
+            )
 
     def make_request(
         self,
