@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from twostroke.core.types import Row, Token
 from twostroke.engine.async_llm import AsyncLLM
 from twostroke.engine.clock import MonotonicClock
 from twostroke.engine.params import SamplingParams
-from twostroke.errors import EngineError
+from twostroke.errors import EngineError, TwostrokeError
 from twostroke.exec.simulated import SimulatedExecutor
 from twostroke.server.serve import ServeOptions, serve
 from twostroke.server.settings import ServerSettings
@@ -110,25 +111,30 @@ def open_engine(
 def run_server(engine: AsyncLLM, state: Path | None = None) -> Iterator[int]:
     """Serve from a thread; yields the port. state: the folder of its durable log, or None."""
     options = ServeOptions(port=0, grace_s=0.5, settings=ServerSettings(state=state))
-    ready, box, ports = threading.Event(), list[Callable[[], object]](), list[int]()
+    started: Future[tuple[int, Callable[[], object]]] = Future()
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        box.append(lambda: loop.call_soon_threadsafe(stop.set))
 
         def tell(host: str, port: int) -> None:
-            ports.append(port)
-            ready.set()
+            started.set_result((port, lambda: loop.call_soon_threadsafe(stop.set)))
 
-        await serve(engine, options, tell, stop)
+        try:
+            await serve(engine, options, tell, stop)
+        except TwostrokeError as error:
+            if started.done():
+                raise
+            started.set_exception(error)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    ready.wait()
     try:
-        yield ports[0]
+        port, stop_serving = started.result()
+        try:
+            yield port
+        finally:
+            stop_serving()
     finally:
-        box[0]()
         thread.join()
 
 
@@ -142,7 +148,7 @@ def stream_all(port: int, model: str, new_tokens: int) -> float:
 
     Raises EngineError when a stream does not end as it should.
     """
-    waiting = selectors.DefaultSelector()
+    received: dict[socket.socket, bytearray] = {}
     begin = time.perf_counter()
     for stream in range(STREAMS):
         body = json.dumps(
@@ -160,17 +166,28 @@ def stream_all(port: int, model: str, new_tokens: int) -> float:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = socket.create_connection((HOST, port))
         connection.sendall(head.encode() + body)
-        waiting.register(connection, selectors.EVENT_READ, bytearray())
-    while waiting.get_map():
-        for key, _ in waiting.select():
-            data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
-            key.data.extend(data)
-            if not data:
-                if f'"completion_tokens":{new_tokens}'.encode() not in key.data:
-                    raise EngineError(f"a stream ended early: {bytes(key.data[-300:])!r}")
-                waiting.unregister(key.fileobj)
-                key.fileobj.close()  # type: ignore[union-attr]
-    return time.perf_counter() - begin
+        received[connection] = bytearray()
+    _read_all(received)
+    seconds = time.perf_counter() - begin
+    for text in received.values():
+        if f'"completion_tokens":{new_tokens}'.encode() not in text:
+            raise EngineError(f"a stream ended early: {bytes(text[-300:])!r}")
+    return seconds
+
+
+def _read_all(received: dict[socket.socket, bytearray]) -> None:
+    """Append to each what its connection sends, and close the connections as they end."""
+    with selectors.DefaultSelector() as waiting:
+        for connection in received:
+            waiting.register(connection, selectors.EVENT_READ, connection)
+        while waiting.get_map():
+            for key, _ in waiting.select():
+                connection = key.data
+                data = connection.recv(1 << 18)
+                received[connection].extend(data)
+                if not data:
+                    waiting.unregister(connection)
+                    connection.close()
 
 
 def stream_from_child(port: int, model: str, new_tokens: int) -> float:
