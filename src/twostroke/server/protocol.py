@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -56,8 +56,10 @@ class GuardedProtocol(H11Protocol):
         self._writing: asyncio.TimerHandle | None = None
         self._is_counted = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection, or turn it away."""
+        # The library names the kind of transport that a stream has, asyncio any kind.
+        transport = cast(asyncio.Transport, transport)
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=self._limits.write_bytes)
         if self._traffic.connections >= self._limits.connections:
