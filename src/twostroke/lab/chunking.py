@@ -30,8 +30,7 @@ def run(setup: Setup) -> Findings:
         firsts.append(float(columns["first_token_ns"][16] - columns["arrival_ns"][16]) / 1e6)
     lines = [
         f"budget {budget:>5,}: longest pause of the others {pause:6.0f} ms, first token of the "
-        "long "
-        f"prompt after {first:6.0f} ms"
+        f"long prompt after {first:6.0f} ms"
         for budget, pause, first in zip(_BUDGETS, pauses, firsts, strict=True)
     ]
     picture = Curves(
@@ -52,8 +51,7 @@ def ask_steps(prompt: int, budget: int, decodes: int) -> Question:
     room = budget - decodes
     return Question(
         f"A step has room for {budget} tokens and {decodes} requests decode, which go first. How "
-        "many "
-        f"steps does a prompt of {prompt:,} tokens take?",
+        f"many steps does a prompt of {prompt:,} tokens take?",
         -(-prompt // room),
         "steps",
         f"{budget} − {decodes} = {room} tokens of it go into each: {prompt:,} / {room} = "

@@ -72,10 +72,9 @@ def _check_times(evidence: Evidence) -> Claim:
         "GPT-3 175B 2.3 s / 23 ms (100:1); LLaMA-2 70B 1.1 s / 15 ms (73:1); 13B 180 / 3.2 ms "
         "(56:1); 7B 95 / 1.8 ms (53:1).",
         "A decode step reads every weight once, so it cannot be shorter than the weights' bytes "
-        "over "
-        "the bandwidth. On one device the claimed times are below that nearly everywhere; devices "
-        "that share a model shorten both strokes alike. The prefill times are several times above "
-        "their floors; the ratio of the two is a few, not fifty.",
+        "over the bandwidth. On one device the claimed times are below that nearly everywhere; "
+        "devices that share a model shorten both strokes alike. The prefill times are several "
+        "times above their floors; the ratio of the two is a few, not fifty.",
         tuple(lines),
         Verdict.WRONG,
     )
@@ -143,11 +142,9 @@ def _check_prefill_work() -> Claim:
         4,
         "The work of a prefill",
         "FLOPs 2NS, bytes 2N, so intensity equals the sequence length S; LLaMA-2 7B at 512 tokens "
-        "is "
-        "7.2 TFLOP.",
+        "is 7.2 TFLOP.",
         "2NS over 2N is S, which is a good estimate while the prompt is short. Attention grows "
-        "with "
-        "S², keys and values are written, and the bytes are 2N only with 16-bit weights.",
+        "with S², keys and values are written, and the bytes are 2N only with 16-bit weights.",
         tuple(lines),
         Verdict.CONDITION,
         "16-bit weights, and prompts of some hundred to a few thousand tokens",
@@ -167,9 +164,8 @@ def _check_ridge() -> Claim:
         work, floor = station.get_work(1, 512, 0), station.get_floor(1, 512, 0)
         lines.append(
             f"- llama-2-7b at 512 tokens on {name}: {work.flops / work.bytes:.0f} FLOP per byte, "
-            "most "
-            "of "
-            f"its floor is set by {'arithmetic' if floor.bound_by == 'compute' else 'memory'}"
+            "most of its floor is set by "
+            f"{'arithmetic' if floor.bound_by == 'compute' else 'memory'}"
         )
     return Claim(
         5,
@@ -206,8 +202,7 @@ def _check_decode_intensity() -> Claim:
         6,
         "The intensity of decode",
         "About 1, a constant; 7B at context 2,048 reads 14 GB of weights and 2 GB of KV cache, "
-        "0.875 "
-        "FLOP per byte.",
+        "0.875 FLOP per byte.",
         "About 1 for one row. Rows share the weights, so it grows with the batch until keys and "
         "values, which nobody shares, are most of the bytes. The KV cache is counted twice.",
         tuple(lines),
@@ -234,8 +229,7 @@ def _check_blocking() -> Claim:
         "A long prompt in the way",
         "A 10,000-token prefill blocks a GPU for about 5 s; chunks of 512 let decodes through.",
         "That it blocks, and that chunks let others through, is right. How long depends on model "
-        "and "
-        "device: predicted here from a fraction of a second to several.",
+        "and device: predicted here from a fraction of a second to several.",
         tuple(lines),
         Verdict.CONDITION,
         "some 70 billion parameters on two A100, or as much work for as little arithmetic",
@@ -259,10 +253,8 @@ def _check_chunk_rule() -> Claim:
         "512; half of it when load exceeds 0.8 or the prompt exceeds 10,000 tokens; prompts under "
         "1,000 whole.",
         "The right size follows from the time between tokens that was promised, the device and "
-        "what "
-        "else is in the step; the pace `target` computes it. The rule contradicts itself: a prompt "
-        "of "
-        "999 tokens makes a longer step than any chunk of a long one.",
+        "what else is in the step; the pace `target` computes it. The rule contradicts itself: a "
+        "prompt of 999 tokens makes a longer step than any chunk of a long one.",
         tuple(lines),
         Verdict.WRONG,
     )
@@ -286,12 +278,10 @@ def _check_graphs(evidence: Evidence) -> Claim:
         )
     cell = "prefill launched call by call"
     lines += ["", "Predicted for llama-2-7b on an A100-80GB, from the overheads fitted to an "
-         "engine of "
-         "2023 "
+         "engine of 2023 "
               "and its other Python, and assumed for one that replays. Measured on an H100 "
-              "(docs/log.md, \"The GPU "
-              "backend\"), "
-              f"prefills launched call by call against captured: {evidence.get_log_cell(cell, 2)}; "
+              "(docs/log.md, \"The GPU backend\"), prefills launched call by call against "
+              f"captured: {evidence.get_log_cell(cell, 2)}; "
               "the shorter the step, the more there is to gain."]  # fmt: skip
     return Claim(
         16,

@@ -33,22 +33,18 @@ def _check_kv() -> Claim:
     device = get_known_device("a100-80gb")
     lines = (
         f"2 · {spec.num_layers} · {spec.num_kv_heads} · {spec.head_dim} · 2,048 · 2 = {one:,} "
-        "bytes, "
-        f"which is {one / 2**30:g} GiB.",
+        f"bytes, which is {one / 2**30:g} GiB.",
         f"A hundred that all hold 2,048 tokens: {100 * one / 1e9:.1f} GB = {100 * one / 2**30:g} "
-        "GiB, "
-        f"more than an A100 of {device.memory_bytes / 1e9:.0f} GB has. A hundred that are halfway: "
-        f"{50 * one / 1e9:.1f} GB.",
+        f"GiB, more than an A100 of {device.memory_bytes / 1e9:.0f} GB has. A hundred that are "
+        f"halfway: {50 * one / 1e9:.1f} GB.",
     )
     return Claim(
         8,
         "The size of the KV cache",
         "KV cache = 2 · layers · KV heads · head size · length · bytes; LLaMA-2 7B at 2,048 in "
-        "FP16 "
-        "is 1 GB, so 100 requests need 100 GB.",
+        "FP16 is 1 GB, so 100 requests need 100 GB.",
         "The formula is right, and the gigabytes are GiB. A hundred requests need that much when "
-        "all "
-        "of them are that long at once.",
+        "all of them are that long at once.",
         lines,
         Verdict.CONDITION,
         "all hundred hold their full length at the same time",
@@ -70,21 +66,18 @@ def _check_paging() -> Claim:
         f"{used / 1e9:.2f} GB, {used / reserved:.1%}.",
         f"Paged, every request exactly {mean} tokens: {count * mean // block:,} blocks of {block}, "
         f"{used / 1e9:.2f} GB, {1 - used / reserved:.1%} less, all of it in use.",
-        f"Lengths that end anywhere in a block leave {waste:g} places of their last block empty in "
-        "the "
-        f"mean: {mean / (mean + waste):.1%} in use, about {count * (mean + waste) / block:,.0f} "
-        "blocks.",
+        f"Lengths that end anywhere in a block leave {waste:g} places of their last block empty "
+        f"in the mean: {mean / (mean + waste):.1%} in use, about "
+        f"{count * (mean + waste) / block:,.0f} blocks.",
         f"128 KiB a token have, in 16 bits: {', '.join(exact)}.",
     )
     return Claim(
         9,
         "What paging saves",
         "100 requests averaging 512 of at most 4,096 tokens at 128 KB a token: pre-allocated 52.4 "
-        "GB "
-        "at 12.5 % use; paged with blocks of 16: 3,200 blocks, 6.5 GB, 100 % use, 87.5 % saved.",
+        "GB at 12.5 % use; paged with blocks of 16: 3,200 blocks, 6.5 GB, 100 % use, 87.5 % saved.",
         "Right when every length is a multiple of the block; otherwise the last block of each "
-        "request "
-        "is half empty in the mean.",
+        "request is half empty in the mean.",
         lines,
         Verdict.CONDITION,
         "every length is a multiple of 16",
@@ -105,15 +98,13 @@ def _check_scores() -> Claim:
         f"another and use the same memory again; {layers * heads * matrix * 4 / 2**30:g} GiB would "
         "be all of them kept at once, as training does for the backward pass and inference does "
         "not.",
-        f"Memory of one layer's attention, queries, keys, values and result in 16 bits included: "
+        "Memory of one layer's attention, queries, keys, values and result in 16 bits included: "
         f"{with_scores / 1e6:.0f} MB with scores, {sides / 1e6:.0f} MB without, "
         f"{with_scores / sides:.0f} times; the ratio grows with the length, at {2 * tokens:,} "
-        "tokens "
-        f"it is {1 + 2 * (with_scores / sides - 1):.0f}.",
+        f"tokens it is {1 + 2 * (with_scores / sides - 1):.0f}.",
         f"An A100 has {_SMS} processors with {_SM_BYTES // 1024} KiB of fast memory each, "
         f"{_SMS * _SM_BYTES / 1e6:.0f} MB together; but a tile lies in one of them and must fit "
-        "its "
-        f"{_SM_BYTES // 1024} KiB.",
+        f"its {_SM_BYTES // 1024} KiB.",
         "How much faster depends on length and device; on this engine's CPU kernels "
         "[the ablation](ablation.md) measures it.",
     )
@@ -121,13 +112,10 @@ def _check_scores() -> Claim:
         10,
         "What attention's scores take",
         "Standard attention at 2,048 tokens: 16 MB a head, 512 MB a layer of 32 heads, 16 GB over "
-        "32 "
-        "layers; FlashAttention is 3–5 times faster with 10–20 times less memory, its tiles "
-        "fitting "
-        "in about 20 MB of SRAM.",
-        "The sizes a head and a layer are right in 32 bits. Layers do not add up in inference, and "
-        "a "
-        "tile has the memory of one processor and not of the whole chip.",
+        "32 layers; FlashAttention is 3–5 times faster with 10–20 times less memory, its tiles "
+        "fitting in about 20 MB of SRAM.",
+        "The sizes a head and a layer are right in 32 bits. Layers do not add up in inference, "
+        "and a tile has the memory of one processor and not of the whole chip.",
         lines,
         Verdict.WRONG,
     )
@@ -149,8 +137,7 @@ def _check_update() -> Claim:
         "O = (exp(m − m') · O + exp(S − m') · V) / l' at every key block.",
         "The old O was divided by l, so it must be multiplied by it: O = (l · exp(m − m') · O + "
         "exp(S − m') · V) / l'. Or O is kept undivided and divided once at the end. The mistake "
-        "does "
-        "not show with one key block.",
+        "does not show with one key block.",
         tuple(lines),
         Verdict.WRONG,
     )
@@ -196,12 +183,10 @@ def _check_fitting() -> Claim:
         18,
         "How many requests fit",
         "24 GB of memory, 14 GB of weights, 256 MB of KV and 100 MB of activations a request: at "
-        "most "
-        "28 requests, 24 in practice.",
+        "most 28 requests, 24 in practice.",
         "28 is right if all of the memory can be used. What is kept back comes off the memory and "
-        "not "
-        "off the requests: with the usual 0.9 there are 21. Activations are also not one share for "
-        "each request: they are those of one step.",
+        "not off the requests: with the usual 0.9 there are 21. Activations are also not one "
+        "share for each request: they are those of one step.",
         lines,
         Verdict.CONDITION,
         f"{cap:.0%} of the memory can be used, for 24",

@@ -68,23 +68,18 @@ def _check_batching() -> Claim:
     lines += [
         "",
         f"Continuous batching completes {gain:.1f} times as many tokens. Simulated with the "
-        "scheduler "
-        "that serves: llama-2-7b on an A100-80GB, 256 requests waiting at once, prompts and "
-        "answers of "
-        "128 tokens in the mean with exponential lengths.",
+        "scheduler that serves: llama-2-7b on an A100-80GB, 256 requests waiting at once, prompts "
+        "and answers of 128 tokens in the mean with exponential lengths.",
     ]
     return Claim(
         3,
         "What continuous batching does for utilisation",
         "GPU utilisation is 30–40 % without continuous batching and 80–95 % with it; throughput "
-        "rises "
-        "2–3 times.",
+        "rises 2–3 times.",
         "A GPU under load is busy nearly always either way, and computes at a few per cent of its "
-        "rate either way, because decode is bound by memory. What rises is how many rows of a step "
-        "are "
-        "still wanted, and throughput with it: by as much as answers differ in length, and not at "
-        "all "
-        "when they are all alike.",
+        "rate either way, because decode is bound by memory. What rises is how many rows of a "
+        "step are still wanted, and throughput with it: by as much as answers differ in length, "
+        "and not at all when they are all alike.",
         tuple(lines),
         Verdict.CONDITION,
         "utilisation means rows in use, requests are always waiting, and answers differ in length",
@@ -102,17 +97,14 @@ def _check_origin() -> Claim:
         "Continuous batching is vLLM's innovation; vLLM mixes prefill chunks and decodes in one "
         "batch.",
         "Batching at the level of iterations is Orca's (Yu et al., OSDI 2022). vLLM's is "
-        "PagedAttention (Kwon et al., SOSP 2023); as published it ran prompts and decodes in steps "
-        "of "
-        "their own. Chunks of prompts beside decodes are Sarathi's (Agrawal et al. 2023; "
-        "Sarathi-Serve, "
-        "OSDI 2024), and vLLM took them over.",
+        "PagedAttention (Kwon et al., SOSP 2023); as published it ran prompts and decodes in "
+        "steps of their own. Chunks of prompts beside decodes are Sarathi's (Agrawal et al. 2023; "
+        "Sarathi-Serve, OSDI 2024), and vLLM took them over.",
         (
             "Why they are mixed: predicted for llama-2-7b on an A100-80GB, 32 decodes at context "
-            "1,000 "
-            f"take {alone * 1e3:.1f} ms, with a chunk of 128 beside them {mixed * 1e3:.1f} ms, and "
-            "one "
-            f"step after the other {apart * 1e3:.1f} ms. Together they read the weights once.",
+            f"1,000 take {alone * 1e3:.1f} ms, with a chunk of 128 beside them {mixed * 1e3:.1f} "
+            f"ms, and one step after the other {apart * 1e3:.1f} ms. Together they read the "
+            "weights once.",
         ),
         Verdict.WRONG,
     )
@@ -143,22 +135,18 @@ def _check_cost() -> Claim:
     split = (3 * h100.hourly_price + 12 * a100.hourly_price) * _HOURS
     lines += [
         f"- At the example prices in spec/devices ten H100 are ${ten:,.0f} a month and the split "
-        "fleet "
-        f"${split:,.0f}.",
+        f"fleet ${split:,.0f}.",
         "- The use after the split is put in, not found: `twostroke plan` computes it for a load, "
-        "and "
-        "one pool at the same use would save as much.",
+        "and one pool at the same use would save as much.",
     ]
     return Claim(
         14,
         "What disaggregation saves",
         "Ten H100 at $30,000 a month and 40 % use cost $75,000 per utilised GPU; 3 H100 (90 %) + "
-        "12 "
-        "A100 (85 %) at $27,000 cost $31,000: 59 % less.",
+        "12 A100 (85 %) at $27,000 cost $31,000: 59 % less.",
         "The divisions are of the fleets' costs by their use, not per GPU. They compare GPUs of "
         "different speed as if they were alike, and the whole saving comes from a use that is "
-        "assumed "
-        "for one fleet and not for the other.",
+        "assumed for one fleet and not for the other.",
         tuple(lines),
         Verdict.WRONG,
     )
@@ -171,8 +159,7 @@ def _check_checkpoints() -> Claim:
         f"{checkpoint_s / interval_s:.1%}, "
         f"not 2.5 %; 2.5 % is one every {checkpoint_s / 0.025 / token_s:.0f} tokens.",
         f"A failure costs the restart and half an interval: {restart_s + interval_s / 2:.1f} s, "
-        "not "
-        "400 ms.",
+        "not 400 ms.",
         f"20 tokens are the best interval (Young 1974: τ = √(2·C·M)) when a failure comes every "
         f"{interval_s**2 / (2 * checkpoint_s):.1f} s. Otherwise:",
         "",
@@ -197,8 +184,7 @@ def _check_checkpoints() -> Claim:
         "The best checkpoint interval",
         "With 50 ms a checkpoint, 20 ms a token and 2 s to restart, the best interval is about 20 "
         "tokens; overhead 2.5 %, recovery 400 ms.",
-        "There is no best interval without a rate of failures. For those of real machines it "
-        "is "
+        "There is no best interval without a rate of failures. For those of real machines it is "
         "thousands of tokens, and keeping the tokens alone costs less than any checkpoint.",
         tuple(lines),
         Verdict.WRONG,

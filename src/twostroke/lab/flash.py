@@ -26,8 +26,7 @@ def run(setup: Setup) -> Findings:
         f"At the second block it fails: {wrong[1]:.0%} of the largest value.",
         f"With l kept the largest error over {len(right)} blocks is {max(right):.0e}.",
         f"Memory of a head's scores over {_KEYS} keys: {_KEYS * _KEYS * 4:,} bytes; of a tile of "
-        "16 "
-        f"queries by {_BLOCK} keys: {16 * _BLOCK * 4:,}.",
+        f"16 queries by {_BLOCK} keys: {16 * _BLOCK * 4:,}.",
     )
     picture = Curves(
         "Error after each key block, against all scores at once",
@@ -51,8 +50,7 @@ def ask_scores(tokens: int, heads: int) -> Question:
         count,
         "bytes",
         f"{heads} · {tokens:,}² · 4 bytes = {count:,} bytes. Layers run one after another and use "
-        "the "
-        "same memory again.",
+        "the same memory again.",
     )
 
 

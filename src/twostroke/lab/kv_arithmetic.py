@@ -43,8 +43,7 @@ def ask_kv(name: str, layers: int, heads: int, dim: int, tokens: int) -> Questio
     """Bytes of keys and values in 16 bits."""
     return Question(
         f"{name} has {layers} layers and {heads} KV heads of {dim}. How much are keys and values "
-        "of "
-        f"{tokens:,} tokens in FP16?",
+        f"of {tokens:,} tokens in FP16?",
         get_kv_bytes(layers, heads, dim, tokens),
         "bytes",
         f"2 · {layers} · {heads} · {dim} · {tokens:,} · 2 bytes = "
@@ -65,14 +64,12 @@ def ask_fit(memory_gb: int, weights_gb: float, request_mb: int, cap: float) -> Q
     share = "All of it" if cap == 1 else f"A share of {cap:g}"
     return Question(
         f"A device has {memory_gb} GB. {share} may be used, {weights_gb:g} GB are weights, and "
-        "each "
-        f"request needs {request_mb} MB. How many requests does it hold?",
+        f"each request needs {request_mb} MB. How many requests does it hold?",
         count_requests(memory, weights, each, cap),
         "requests",
         f"({memory_gb} GB · {cap:g} − {weights_gb:g} GB) / {request_mb} MB = "
         f"{(memory * cap - weights) / each:.2f}, and there is no part of a request. The cap comes "
-        "off "
-        "the memory, not off the requests.",
+        "off the memory, not off the requests.",
         tolerance=0.0,
     )
 

@@ -47,8 +47,7 @@ def ask_blocks(lengths: list[int], block: int) -> Question:
     each = [-(-length // block) for length in lengths]
     return Question(
         f"Requests hold {', '.join(map(str, lengths))} tokens; a block has room for {block}. How "
-        "many "
-        "blocks do they hold together?",
+        "many blocks do they hold together?",
         count_blocks(lengths, block),
         "blocks",
         f"Each rounds up for itself: {' + '.join(map(str, each))} = {sum(each)}.",
@@ -67,11 +66,9 @@ def ask_share(mean: int, longest: int, block: int) -> Question:
     """Share of the memory held that is in use: reserved for the longest, or paged."""
     share = 100 * mean / (mean + (block - 1) / 2)
     return Question(
-        f"Requests hold {mean:,} tokens in the mean, of any length up to {longest:,}. Reserved for "
-        "the "
-        f"longest, {mean / longest:.1%} of the memory would be in use. How much is it with blocks "
-        "of "
-        f"{block}?",
+        f"Requests hold {mean:,} tokens in the mean, of any length up to {longest:,}. Reserved "
+        f"for the longest, {mean / longest:.1%} of the memory would be in use. How much is it "
+        f"with blocks of {block}?",
         share,
         "%",
         f"The last block of each is as likely to end anywhere: ({block} − 1) / 2 = "

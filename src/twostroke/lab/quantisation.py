@@ -29,8 +29,7 @@ def run(setup: Setup) -> Findings:
         numbers |= {f"{name}: decode": decode[0], f"{name}: prefill": prefill}
         lines.append(
             f"{name}: {station.spec.weight_bytes / 1e9:.1f} GB; at least {decode[0]:.1f} ms a step "
-            "of "
-            f"one row, {decode[-1]:.1f} of 256, {prefill:.0f} ms a prompt of 2,048; room for "
+            f"of one row, {decode[-1]:.1f} of 256, {prefill:.0f} ms a prompt of 2,048; room for "
             f"{get_pool_tokens(station):,} tokens"
         )
     picture = Curves(
@@ -48,8 +47,7 @@ def ask_size(billions: int, name: str) -> Question:
     block = Format[name].block
     return Question(
         f"{name} stores {block.weights} weights in {block.bytes} bytes. How much are {billions} "
-        "billion "
-        "of them?",
+        "billion of them?",
         weights / block.weights * block.bytes,
         "bytes",
         f"{billions}e9 / {block.weights} · {block.bytes} = "

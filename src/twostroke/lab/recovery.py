@@ -73,9 +73,8 @@ def ask_interval(checkpoint_ms: int, failure_hours: int) -> Question:
     young_s = plan_checkpoints(checkpoint_s, failure_s, 0.0).young_s
     assert math.isfinite(young_s)
     return Question(
-        f"A checkpoint takes {checkpoint_ms} ms and something fails every {failure_hours} hours in "
-        "the "
-        "mean. What is the best interval, to first order?",
+        f"A checkpoint takes {checkpoint_ms} ms and something fails every {failure_hours} hours "
+        "in the mean. What is the best interval, to first order?",
         young_s,
         "s",
         f"τ = √(2·C·M) = √(2 · {checkpoint_s:g} s · {failure_s:,.0f} s) = {young_s:.1f} s (Young "
@@ -93,8 +92,7 @@ def ask_overhead(checkpoint_ms: int, token_ms: int, tokens: int) -> Question:
     share = 100 * checkpoint_ms / (token_ms * tokens)
     return Question(
         f"A checkpoint takes {checkpoint_ms} ms and is made every {tokens} tokens of {token_ms} "
-        "ms. How "
-        "large is the overhead, in per cent of the time between two of them?",
+        "ms. How large is the overhead, in per cent of the time between two of them?",
         share,
         "%",
         f"{checkpoint_ms} ms / ({tokens} · {token_ms} ms) = {share:.2f} %.",

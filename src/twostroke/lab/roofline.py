@@ -33,8 +33,7 @@ def run(setup: Setup) -> Findings:
         f"The ridge of an A100-80GB is at {ridge:.0f} FLOP per byte.",
         f"Of these prefills {first.new_tokens} tokens is the shortest that arithmetic bounds.",
         f"256 rows at context 4,096 reach {last.intensity:.1f} FLOP per byte: {last.kv_share:.0%} "
-        "of "
-        f"their bytes are keys and values, which are most of them from "
+        "of their bytes are keys and values, which are most of them from "
         f"{find_kv_batch(work, 4096)} rows on.",
     )
     picture = RooflinePicture("llama-2-7b on an A100-80GB", station.device, ("bf16",), points)
@@ -48,15 +47,13 @@ def ask_bound(parameters: float, tokens: int, flops_per_s: float, bytes_per_s: f
     word = "compute" if tokens > ridge else "memory"
     return Question(
         f"A model of {parameters / 1e9:g} billion parameters in 16 bits prefills {tokens:,} tokens "
-        "on "
-        f"{flops_per_s / 1e12:g} TFLOP/s and {bytes_per_s / 1e12:g} TB/s. Where is the ridge, in "
-        "FLOP "
+        f"on {flops_per_s / 1e12:g} TFLOP/s and {bytes_per_s / 1e12:g} TB/s. Where is the ridge, "
+        "in FLOP "
         'per byte, and what bounds the prefill? (as in "100 FLOP/byte, memory")',
         ridge,
         "FLOP/byte",
         f"Ridge: {flops_per_s / 1e12:g}e12 / {bytes_per_s / 1e12:g}e12 = {ridge:.1f}. 2·N·S "
-        "operations "
-        f"over 2·N bytes are S = {tokens:,} FLOP per byte, "
+        f"operations over 2·N bytes are S = {tokens:,} FLOP per byte, "
         f"{'right' if tokens > ridge else 'left'} of it: {word}-bound.",
         words=("compute", "memory"),
         word=word,

@@ -61,13 +61,11 @@ def ask_tokens(percent: int, guesses: int) -> Question:
     expected = (1 - rate ** (guesses + 1)) / (1 - rate)
     return Question(
         f"Each of {guesses} guesses is right with probability {rate:g}, on its own. How many "
-        "tokens "
-        "does a step give in the mean?",
+        "tokens does a step give in the mean?",
         expected,
         "tokens",
         f"1 + α + … + α^{guesses} = (1 − α^{guesses + 1}) / (1 − α) = {expected:.3f} for α = "
-        f"{rate:g}: "
-        "the first wrong guess ends it, and the model's own token comes on top.",
+        f"{rate:g}: the first wrong guess ends it, and the model's own token comes on top.",
     )
 
 

@@ -69,8 +69,7 @@ def ask_prefill_floor(model: str, device: str, tokens: int) -> Question:
     seconds = 2 * billions * 1e9 * tokens / rate
     return Question(
         f"{model} has {billions:g} billion parameters, {device} computes {rate / 1e12:g} TFLOP/s "
-        "in "
-        f"16 bits. What is the least time of a prompt of {tokens:,} tokens, attention left out?",
+        f"in 16 bits. What is the least time of a prompt of {tokens:,} tokens, attention left out?",
         seconds,
         "s",
         f"A multiply-add a parameter and token: 2 · {billions:g}e9 · {tokens:,} / "
