@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,6 +185,26 @@ def test_a_gpus_pool_is_settled_once_its_executor_knows_what_is_left(
     assert "nine blocks were left" in format_summary(built)
     parts.executor.close()
     built.model.close()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "wanted"),
+    [
+        ("policy", {"policy": "deadline"}),
+        ("pace", {"pace": "target"}),
+        ("itl_target_ms", {"itl_target_ms": 50.0}),
+    ],
+)
+def test_what_needs_a_gpus_step_times_is_refused_by_name(
+    parameter: str, wanted: dict[str, Any], model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        compose, "build_cuda_executor", lambda model, options, progress: OpenedFake(model, options)
+    )
+    monkeypatch.setattr(compose, "read_machine", lambda: Machine(2, "", 2**34, "", lambda: Gpus(1)))
+    with pytest.raises(InvalidParameter, match="a GPU's steps are not predicted") as caught:
+        build_engine(EngineSettings(model=str(model_file), device="cuda", **wanted))
+    assert caught.value.parameter == parameter
 
 
 def test_an_engine_on_a_gpu_answers(

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import parquet
@@ -15,8 +16,9 @@ from places import SHARED
 from twostroke.cli.fault_options import parse_faults
 from twostroke.cli.options import SchedulingOptions
 from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
+from twostroke.cli.settings import check_name
 from twostroke.cli.simulate import build_simulation, run_simulate
-from twostroke.cli.simulated import check_name, resolve_hardware
+from twostroke.cli.simulated import resolve_hardware
 from twostroke.errors import InvalidParameter, TwostrokeError
 
 CONV = str(SHARED / "traces" / "azure2023_conv.csv")
@@ -30,11 +32,11 @@ def simulate(
     load: LoadOptions = POISSON,
     scheduling: SchedulingOptions | None = None,
     output: tuple[Path, ...] = (),
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The results as JSON, which is the last line printed."""
     asked = SimulationOutput(output=[str(path) for path in output], json=True)
     run_simulate(machine, load, scheduling or SchedulingOptions(), asked)
-    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
 
 
@@ -47,7 +49,7 @@ def test_every_request_ends_and_every_number_is_of_the_run(
         "live": 0, "finished": 40, "rejected": 0, "cancelled": 0, "failed": 0,
     }  # fmt: skip
     assert found["new_tokens"] == 800
-    assert found["itl"]["count"] == 760  # type: ignore[index]
+    assert found["itl"]["count"] == 760
 
 
 def test_what_is_printed_names_every_choice_and_result(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +99,7 @@ def test_prompts_that_share_a_beginning_hit_the_cache(capsys: pytest.CaptureFixt
     load = LoadOptions(workload="poisson:prefix=0.5", rate="2", requests="40", new_tokens="20")
     found = simulate(capsys, load=load)
     # Each but the first few, which come before the first is computed, finds half of its prompt.
-    assert 35 * 256 <= found["cached_tokens"] <= 39 * 256  # type: ignore[operator]
+    assert 35 * 256 <= found["cached_tokens"] <= 39 * 256
     assert simulate(capsys)["cached_tokens"] == 0
 
 
@@ -108,11 +110,11 @@ def test_faults_happen_and_nothing_is_lost(capsys: pytest.CaptureFixture[str]) -
     found = simulate(capsys, load=load)
     fates = found["fates"]
     # Two deaths may hit one request's steps in a row, which is then taken for their cause.
-    ended = fates["finished"] + fates["cancelled"] + fates["failed"]  # type: ignore[index]
+    ended = fates["finished"] + fates["cancelled"] + fates["failed"]
     assert ended == 100
-    assert fates["failed"] <= 1  # type: ignore[index]
-    assert fates["cancelled"] > 10  # type: ignore[index]
-    assert found["use"]["lost_executors"] == 2  # type: ignore[index]
+    assert fates["failed"] <= 1
+    assert fates["cancelled"] > 10
+    assert found["use"]["lost_executors"] == 2
 
 
 @pytest.mark.parametrize("router", ["round-robin", "least-requests", "prefix-aware"])
@@ -125,7 +127,7 @@ def test_routers_and_policies_go_together(
     )
     load = LoadOptions(workload="poisson:tenants=2,prefix=0.3", rate="8", requests="30")
     found = simulate(capsys, machine, load, SchedulingOptions(policy=policy, ttft_target_ms=900.0))
-    assert found["fates"]["finished"] == 30  # type: ignore[index]
+    assert found["fates"]["finished"] == 30
 
 
 def test_the_least_devices_that_a_model_fits_are_named_and_do_fit() -> None:
@@ -175,11 +177,11 @@ def test_a_smaller_format_leaves_more_for_keys_and_values() -> None:
         ({"replicas": 0}, "replicas: must be from 1"),
     ],
 )
-def test_hardware_that_cannot_be_is_refused(changes: dict[str, object], expected: str) -> None:
-    asked = {"model": "llama-2-7b", "device": "a100-80gb", **changes}
+def test_hardware_that_cannot_be_is_refused(changes: dict[str, Any], expected: str) -> None:
+    asked: dict[str, Any] = {"model": "llama-2-7b", "device": "a100-80gb", **changes}
     with pytest.raises(TwostrokeError, match=expected):
         build_simulation(
-            SimulatedMachineOptions(**asked),  # type: ignore[arg-type]
+            SimulatedMachineOptions(**asked),
             POISSON,
             SchedulingOptions(),
         )
@@ -198,10 +200,10 @@ def test_hardware_that_cannot_be_is_refused(changes: dict[str, object], expected
     ],
 )
 def test_targets_and_policies_that_cannot_be_are_refused(
-    changes: dict[str, object], expected: str
+    changes: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(InvalidParameter, match=f"^{expected}"):
-        build_simulation(ONE, POISSON, SchedulingOptions(**changes))  # type: ignore[arg-type]
+        build_simulation(ONE, POISSON, SchedulingOptions(**changes))
 
 
 def test_the_smallest_possible_target_is_accepted() -> None:

@@ -19,14 +19,13 @@ from twostroke.cli.plan_check import TRIES, Checked, check_candidate
 from twostroke.cli.plan_table import describe_plan, explain, print_plan
 from twostroke.cli.question_options import PlanOptions
 from twostroke.cli.roofline import THIS, check_pictures
-from twostroke.cli.settings import format_bytes
+from twostroke.cli.scheduling import read_target
+from twostroke.cli.settings import check_name, format_bytes
 from twostroke.cli.simulated import (
     ENGINES,
     KV_ELEMENTS,
     MAX_REPLICAS,
     MAX_ROWS,
-    MAX_TARGET_MS,
-    check_name,
     find_device,
     find_model,
     get_pool_bytes,
@@ -200,12 +199,7 @@ def _round_up(seconds: float) -> str:
 
 
 def _get_seconds(parameter: str, target_ms: float | None) -> float:
-    if target_ms is None:
-        return 0.0
-    if not 0 < target_ms <= MAX_TARGET_MS:
-        most = f"must be above 0 and at most {MAX_TARGET_MS:,.0f} ms"
-        raise InvalidParameter(parameter, f"{most}, not {target_ms:g}")
-    return target_ms / 1e3
+    return read_target(parameter, target_ms) / 1e9
 
 
 def _build_source(options: PlanOptions) -> Source:

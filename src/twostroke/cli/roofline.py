@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from twostroke.cli.question_options import RooflineOptions
-from twostroke.cli.settings import format_bytes
-from twostroke.cli.simulated import ENGINES, KV_ELEMENTS, check_name, find_device, find_model
+from twostroke.cli.settings import check_name, format_bytes
+from twostroke.cli.simulated import ENGINES, KV_ELEMENTS, find_device, find_model
 from twostroke.errors import InvalidParameter
 from twostroke.plan.roofline import (
     Point,
@@ -123,13 +124,12 @@ def list_notes(subject: Subject, points: Sequence[Point]) -> Iterator[str]:
         ridges = [get_known_device(name).get_ridge("bf16") for name in ("a100-80gb", "a100-40gb")]
         first, second = (f"{each:.0f}" for each in ridges)
         yield f"the ridge of an A100 is not one number: {first} with 80 GB, {second} with 40 GB"
-    ridge = device.get_ridge(subject.roofs[0])
-    crossing = next((each for each in prefills if each.intensity >= ridge), None)
-    if crossing:
-        yield (
-            f"a prompt is bound by arithmetic from about {crossing.new_tokens:,} tokens on here; "
-            "shorter ones are bound by memory as decodes are"
-        )
+    for short, long in pairwise(prefills):
+        if (short.bound_by, long.bound_by) == ("memory", "compute"):
+            yield (
+                f"prompts too are bound by memory while they are short: here at "
+                f"{short.new_tokens:,} tokens, and by arithmetic at {long.new_tokens:,}"
+            )
 
 
 def check_pictures(names: Sequence[str]) -> list[Path]:

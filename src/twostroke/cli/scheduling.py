@@ -1,9 +1,9 @@
-"""How a real engine schedules: from what a user asked for to policies and the scheduler's config.
+"""How an engine schedules: from what a user asked for to policies and the scheduler's config.
 
 It owns the defaults of scheduling and their reasons: prefixes are shared, newcomers leave a
-watermark of free blocks, steps are filled unless a target between tokens is given. Step times are
-predicted only where a choice needs them, because measuring a machine's limits takes a third of a
-second.
+watermark of free blocks, steps are filled unless a target between tokens is given. What policies
+and targets may be is the same for engines that are simulated. Step times are predicted only where a
+choice needs them, because measuring a machine's limits takes a third of a second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from twostroke.cli.settings import Choice, EngineSettings, ResolvedSettings, format_bytes
+from twostroke.cli.settings import (
+    Choice,
+    EngineSettings,
+    ResolvedSettings,
+    check_name,
+    format_bytes,
+)
 from twostroke.core.policy import Policies
 from twostroke.core.scheduler import Scheduler
 from twostroke.core.types import SchedulerConfig
@@ -42,8 +48,8 @@ def build_scheduling(
 ) -> Scheduling:
     """Make the scheduler that `wanted` asks for, over the KV pool of `settings`.
 
-    Raises InvalidParameter for a policy or pace that does not exist and a target that cannot be
-    kept.
+    Raises InvalidParameter for a policy or pace that does not exist, or that needs step times where
+    nobody predicts them, and for a target that cannot be kept.
     """
     choice = choose_policy(wanted.policy, wanted.pace, wanted.itl_target_ms)
     ttft_ns = read_target("ttft_target_ms", wanted.ttft_target_ms)
@@ -51,14 +57,15 @@ def build_scheduling(
     drafts = bool(wanted.drafts)
     config = _build_config(settings, spec)
     needs_cost = choice.pace == "target" or choice.order == "deadline"
-    # A GPU's steps are not predicted yet: what cannot do without says so.
     cost = None
-    if (needs_cost or config.host_blocks) and not settings.is_on_gpu:
+    if settings.is_on_gpu:
+        if needs_cost:
+            raise _refuse_prediction(wanted, choice)
+    elif needs_cost or config.host_blocks:
         from twostroke.cli.step_cost import find_step_cost
 
         cost = find_step_cost(spec, settings)
-    if itl_ns and cost is not None:
-        check_itl(itl_ns, cost)
+        check_target("itl_target_ms", itl_ns, get_least_itl_ns(cost), "one decode alone")
     choice = PolicyChoice(order=choice.order, pace=choice.pace, itl_ns=itl_ns, drafts=drafts)
     policies = _build_policies(choice, settings, cost)
     return Scheduling(
@@ -67,15 +74,15 @@ def build_scheduling(
 
 
 def choose_policy(order: str, pace: str | None, itl_target_ms: float | None) -> PolicyChoice:
-    """Order and pace by name; a target between tokens asks for the pace that keeps it."""
-    for parameter, name, known in (("policy", order, ORDERS), ("pace", pace, PACES)):
-        if name is not None and name not in known:
-            raise InvalidParameter(
-                parameter, f"there is no {name!r}; choose from {', '.join(known)}"
-            )
+    """Order and pace by name; a target between tokens asks for the pace that keeps it.
+
+    Raises InvalidParameter for a name that nothing has.
+    """
     if pace is None:
         pace = "fixed" if itl_target_ms is None else "target"
-    return PolicyChoice(order=order, pace=pace)
+    return PolicyChoice(
+        order=check_name("policy", order, ORDERS), pace=check_name("pace", pace, PACES)
+    )
 
 
 def read_target(parameter: str, target_ms: float | None) -> int:
@@ -89,14 +96,16 @@ def read_target(parameter: str, target_ms: float | None) -> int:
     return max(1, round(target_ms * 1e6))
 
 
-def check_itl(itl_ns: int, cost: StepCost) -> None:
-    """Raises InvalidParameter for a target between tokens that one decode alone would miss."""
-    least_ns = get_least_itl_ns(cost)
-    if itl_ns < least_ns:
+def check_target(parameter: str, target_ns: int, least_ns: int, what: str) -> None:
+    """Raises InvalidParameter for a target, if there is one, that `what` alone would miss.
+
+    least_ns: the predicted time of it.
+    """
+    if 0 < target_ns < least_ns:
         # Rounded up, so that what is named passes.
         raise InvalidParameter(
-            "itl_target_ms",
-            f"{itl_ns / 1e6:g} ms cannot be kept: one decode alone is predicted to take "
+            parameter,
+            f"{target_ns / 1e6:g} ms cannot be kept: {what} is predicted to take "
             f"{-(-least_ns // 10_000) / 100:.2f} ms",
         )
 
@@ -120,6 +129,15 @@ def _build_config(settings: ResolvedSettings, spec: ModelSpec) -> SchedulerConfi
         cache_seed=name_model(spec, settings),
         plans_ahead=settings.is_on_gpu,
     )
+
+
+def _refuse_prediction(wanted: EngineSettings, choice: PolicyChoice) -> InvalidParameter:
+    """The error for what needs the times of a GPU's steps, by the name of who asked for it."""
+    name, value = "policy", choice.order
+    if choice.pace == "target":
+        name, value = ("itl_target_ms" if wanted.pace is None else "pace"), choice.pace
+    why = "needs predicted step times, and a GPU's steps are not predicted yet; leave it out"
+    return InvalidParameter(name, f"{value!r} {why}")
 
 
 def _build_policies(

@@ -8,7 +8,9 @@ afterwards. Only a GPU's KV pool is settled later, when what is free beside the 
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -230,6 +232,16 @@ def settle_pool(
         kv_bytes=kv_bytes,
         choices=(*choices[:place], pool, *choices[place:]),
     )
+
+
+def check_name(parameter: str, name: str, known: Sequence[str]) -> str:
+    """`name` when it is known; else InvalidParameter with those that look like it first."""
+    if name in known:
+        return name
+    begun = [each for each in known if name and each.startswith(name.lower())]
+    near = begun or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InvalidParameter(parameter, f"there is no {name!r}; {hint}choose from {', '.join(known)}")
 
 
 def parse_bytes(text: str, parameter: str = "kv_memory") -> int:

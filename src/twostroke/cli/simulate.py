@@ -18,16 +18,17 @@ from pathlib import Path
 from twostroke.cli.fault_options import FaultChoice, parse_faults
 from twostroke.cli.options import SchedulingOptions
 from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
+from twostroke.cli.scheduling import check_target, read_target
 from twostroke.cli.settings import Choice
 from twostroke.cli.simulated import (
     Hardware,
     build_replica,
     get_least_ttft_ns,
-    get_target_ns,
     resolve_hardware,
 )
 from twostroke.cli.simulation_table import describe_simulation, print_choices, print_summary
 from twostroke.errors import InvalidParameter
+from twostroke.policies.target import get_least_itl_ns
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
 from twostroke.sim.export import check_parquet, write_csv, write_parquet
@@ -206,18 +207,15 @@ def _build_targets(
 ) -> Targets:
     """What is asked of every request. Raises InvalidParameter for what no step can keep."""
     cost, context = hardware.cost, hardware.spec.context_tokens
-    least_ns = cost.predict_ns(cost.get_row_totals(1, 0, 1))
     # What is cached of a prompt needs no computing, so one token is all that is sure.
     shortest = 1 if source.has_prefixes else min(source.least_prompt_tokens, context - 1)
     ttft_least_ns = get_least_ttft_ns(cost, shortest, replica.scheduler.step_tokens)
     whole = f"the shortest prompt, {shortest:,} token{'s' if shortest > 1 else ''} alone,"
-    return Targets(
-        context_tokens=context,
-        ttft_ns=get_target_ns("ttft_target_ms", scheduling.ttft_target_ms, ttft_least_ns, whole),
-        itl_ns=get_target_ns(
-            "itl_target_ms", scheduling.itl_target_ms, least_ns, "one decode alone"
-        ),
-    )
+    ttft_ns = read_target("ttft_target_ms", scheduling.ttft_target_ms)
+    itl_ns = read_target("itl_target_ms", scheduling.itl_target_ms)
+    check_target("ttft_target_ms", ttft_ns, ttft_least_ns, whole)
+    check_target("itl_target_ms", itl_ns, get_least_itl_ns(cost), "one decode alone")
+    return Targets(context_tokens=context, ttft_ns=ttft_ns, itl_ns=itl_ns)
 
 
 def _show_progress(arrivals: Iterator[Arrival], expected: int) -> Iterator[Arrival]:

@@ -8,19 +8,19 @@ Needs no model file and computes nothing.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from twostroke.cli.options import SchedulingOptions
 from twostroke.cli.question_options import SimulatedMachineOptions
-from twostroke.cli.settings import Choice, format_bytes, parse_bytes
+from twostroke.cli.scheduling import choose_policy
+from twostroke.cli.settings import Choice, check_name, format_bytes, parse_bytes
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.errors import InvalidParameter
 from twostroke.plan.roofline_cost import CAPTURED, EAGER, OURS, Overheads, RooflineCost
-from twostroke.policies.names import ORDERS, PACES, PolicyChoice, build_policies
+from twostroke.policies.names import build_policies
 from twostroke.policies.watermark import choose_watermark
 from twostroke.sim.replica import ReplicaSpec
 from twostroke.sim.routers import ROUTERS
@@ -38,7 +38,6 @@ MAX_ROWS = 256
 MAX_REPLICAS = 100_000
 # Of each device's memory: activations of a step, the runtime and its kernels, fragments.
 KEPT_BACK = 0.10
-MAX_TARGET_MS = 1e9
 # Longer strides save nothing more: a plan is then a small part of what its steps cost.
 MAX_ITERATIONS = 1024
 ENGINES: Mapping[str, tuple[Overheads, str]] = {
@@ -61,16 +60,6 @@ class Hardware:
     block_tokens: int
     block_bytes: int
     choices: tuple[Choice, ...]
-
-
-def check_name(parameter: str, name: str, known: Sequence[str]) -> str:
-    """`name` when it is known; else InvalidParameter with those that look like it first."""
-    if name in known:
-        return name
-    begun = [each for each in known if name and each.startswith(name.lower())]
-    near = begun or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise InvalidParameter(parameter, f"there is no {name!r}; {hint}choose from {', '.join(known)}")
 
 
 def resolve_hardware(options: SimulatedMachineOptions) -> Hardware:
@@ -136,7 +125,7 @@ def build_replica(
         watermark_blocks=choose_watermark(hardware.num_blocks, max_rows),
         cache_seed=spec.name if has_prefixes else "",
     )
-    policy = _choose_policy(scheduling)
+    policy = choose_policy(scheduling.policy, scheduling.pace, scheduling.itl_target_ms)
     make_policies = partial(
         build_policies,
         policy,
@@ -181,25 +170,6 @@ def build_replica(
         max_iterations=MAX_ITERATIONS,
     )
     return replica, choices
-
-
-def get_target_ns(parameter: str, target_ms: float | None, least_ns: int, why: str) -> int:
-    """A latency target; 0 where there is none. Raises InvalidParameter for one nothing can keep."""
-    if target_ms is None:
-        return 0
-    if not 0 < target_ms <= MAX_TARGET_MS:
-        raise InvalidParameter(
-            parameter, f"must be above 0 and at most {MAX_TARGET_MS:,.0f} ms, not {target_ms:g}"
-        )
-    target_ns = round(target_ms * 1e6)
-    if target_ns < least_ns:
-        # Rounded up, so that what is named passes.
-        raise InvalidParameter(
-            parameter,
-            f"{target_ms:g} ms cannot be kept: {why} is predicted to take "
-            f"{-(-least_ns // 10_000) / 100:.2f} ms",
-        )
-    return target_ns
 
 
 def get_least_ttft_ns(cost: RooflineCost, prompt_tokens: int, step_tokens: int) -> int:
@@ -306,16 +276,6 @@ def _get_weight_bytes(spec: ModelSpec, tp: int) -> int:
     return sum(
         tensor.bytes if tensor.shard is ShardAxis.NONE else -(-tensor.bytes // tp)
         for tensor in spec.tensors()
-    )
-
-
-def _choose_policy(scheduling: SchedulingOptions) -> PolicyChoice:
-    pace = scheduling.pace
-    if pace is None:
-        pace = "fixed" if scheduling.itl_target_ms is None else "target"
-    return PolicyChoice(
-        order=check_name("policy", scheduling.policy, ORDERS),
-        pace=check_name("pace", pace, PACES),
     )
 
 
