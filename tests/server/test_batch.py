@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
+from fakes import FakeExecutor, make_parts
+from twostroke.engine.async_llm import AsyncLLM
 from twostroke.errors import EngineClosed, InvalidParameter
+from twostroke.server.app import create_app
 from twostroke.server.batch import BatchProgress, open_output, read_batch, run_batch
+from twostroke.server.settings import ServerSettings
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -51,7 +57,7 @@ def write_input(path: Path, count: int = 5) -> Path:
     return path
 
 
-def run(app: Echo, source: Path, target: Path) -> BatchProgress:
+def run(app: ASGIApp, source: Path, target: Path) -> BatchProgress:
     """A whole run."""
     lines = read_batch(source)
     output, done = open_output(target, lines)
@@ -119,6 +125,38 @@ def test_a_failure_of_ours_is_no_answer(tmp_path: Path, status: int) -> None:
         run(Echo(status), source, target)
     assert caught.group_contains(EngineClosed)
     assert target.read_bytes() == b""
+
+
+def test_a_closed_engine_ends_the_batch(tmp_path: Path) -> None:
+    source, target = write_input(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
+    source.write_text(source.read_text(encoding="utf-8").replace('"m"', '"fake"'), encoding="utf-8")
+    engine = AsyncLLM(make_parts(FakeExecutor()))
+    engine.close()
+    with pytest.raises(ExceptionGroup) as caught:
+        run(create_app(engine, ServerSettings()), source, target)
+    assert caught.group_contains(EngineClosed, match="answered with 503")
+
+
+def test_a_full_disk_ends_the_batch_and_leaves_no_torn_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_input(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    write = os.write
+    left = [3]
+
+    def write_some(number: int, data: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(number, data[:20] if left[0] == 0 else data)
+
+    monkeypatch.setattr(os, "write", write_some)
+    with pytest.raises(ExceptionGroup) as caught:
+        run(Echo(), source, target)
+    assert caught.group_contains(InvalidParameter, match="No space left")
+    monkeypatch.undo()
+    assert len(read_answers(target)) == 2
+    assert run(Echo(), source, target).answered == 1
 
 
 def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:

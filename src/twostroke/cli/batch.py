@@ -6,6 +6,7 @@ Composes an engine and the application that serves, without a socket; server/bat
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import time
@@ -16,14 +17,13 @@ from twostroke.cli.options import MachineOptions
 from twostroke.cli.question_options import BatchOptions
 from twostroke.cli.settings import EngineSettings, get_machine_settings
 from twostroke.engine.async_llm import AsyncLLM
-from twostroke.errors import EngineClosed
+from twostroke.errors import TwostrokeError
 from twostroke.server.app import create_app
 from twostroke.server.batch import BatchLine, BatchProgress, open_output, read_batch, run_batch
 from twostroke.server.limits import Limits
 from twostroke.server.settings import ServerSettings
 
 _SHOWN_EVERY_S = 0.5
-_FOREVER_S = 10.0**9
 
 
 def run_batch_file(files: BatchOptions, on: MachineOptions) -> None:
@@ -46,12 +46,12 @@ def _answer(lines: list[BatchLine], output: int, done: set[str], on: MachineOpti
     try:
         engine = AsyncLLM(built.parts)
         # A file waits for as long as it takes.
-        app = create_app(engine, ServerSettings(limits=Limits(queue_s=_FOREVER_S)))
+        app = create_app(engine, ServerSettings(limits=Limits(queue_s=math.inf)))
         line = _ProgressLine()
         try:
             progress = asyncio.run(run_batch(app, lines, output, done, line.show))
-        except* EngineClosed as closed:
-            raise closed.exceptions[0] from None
+        except* TwostrokeError as failed:
+            raise failed.exceptions[0] from None
         finally:
             line.end()
             engine.close()

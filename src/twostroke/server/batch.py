@@ -21,6 +21,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Scope
 
 from twostroke.errors import EngineClosed, InvalidParameter
+from twostroke.server.durable import write_all
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 AT_ONCE = 64
@@ -101,8 +102,9 @@ async def run_batch(
 ) -> BatchProgress:
     """Answer the lines that `done` lacks, many at once, in no order; returns the final count.
 
-    output: a descriptor that answers are appended to. Raises EngineClosed when the engine died:
-    what is answered by then is written, and the next run does the rest.
+    output: a descriptor that answers are appended to. Raises an ExceptionGroup of EngineClosed when
+    the engine died, of InvalidParameter when the output cannot be written: what is answered by then
+    is written, and the next run does the rest.
     """
     left = iter([line for line in lines if line.custom_id not in done])
     counts = {"answered": 0, "refused": 0}
@@ -115,7 +117,7 @@ async def run_batch(
             status, body = await _ask(app, line)
             if status >= 500:
                 raise EngineClosed(f"line {line.number} was answered with {status}: {body!r:.300}")
-            os.write(output, _write_answer(line, status, body))
+            _append(output, _write_answer(line, status, body))
             counts["answered"] += 1
             counts["refused"] += status >= 400
             on_progress(get_progress())
@@ -173,6 +175,16 @@ async def _call(app: ASGIApp, line: BatchLine) -> tuple[int, bytes]:
 
     await app(scope, receive, send)
     return status, b"".join(parts)
+
+
+def _append(output: int, answer: bytes) -> None:
+    """A whole answer or nothing: others may still be appended behind it."""
+    size = os.fstat(output).st_size
+    try:
+        write_all(output, answer)
+    except OSError as error:
+        os.ftruncate(output, size)
+        raise InvalidParameter("output", f"cannot be written: {error.strerror}") from None
 
 
 def _write_answer(line: BatchLine, status: int, body: bytes) -> bytes:

@@ -117,7 +117,7 @@ class DurableLog:
             new = await asyncio.to_thread(_write_anew, self._partial, payloads)
             if self._file < 0:
                 raise OSError(errno.EBADF, "the log was closed meanwhile")
-            _write_all(new, b"".join(map(frame, self._carried)))
+            write_all(new, b"".join(map(frame, self._carried)))
             os.replace(self._partial, self._path)
         except OSError:
             if new is not None:
@@ -137,14 +137,14 @@ class DurableLog:
                 os.close(number)
 
     def _write(self, data: bytes) -> None:
-        _write_all(self._file, data)
+        write_all(self._file, data)
         self.size += len(data)
 
 
 def _write_anew(path: Path, payloads: Sequence[bytes]) -> int:
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        _write_all(number, b"".join((MAGIC, *map(frame, payloads))))
+        write_all(number, b"".join((MAGIC, *map(frame, payloads))))
         os.fsync(number)  # or a loss of power could leave the new name on an empty file
     except OSError:
         os.close(number)
@@ -152,7 +152,8 @@ def _write_anew(path: Path, payloads: Sequence[bytes]) -> int:
     return number
 
 
-def _write_all(number: int, data: bytes) -> None:
+def write_all(number: int, data: bytes) -> None:
+    """Write to a descriptor to the last byte. Raises OSError, with a part of them written."""
     view = memoryview(data)
     while view:
         view = view[os.write(number, view) :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import weakref
 from collections import Counter, deque
@@ -35,10 +36,11 @@ class Limits:
     """Sizes are bytes, times seconds; docs/server.md explains each.
 
     body_bytes: of a request. queue: continuations that may wait for KV blocks when another request
-    comes. queue_s: longest a request waits to be begun, expected or in fact. streams_per_key:
-    requests of one key at once. connections: open at once. idle_s: of a connection without a
-    request. header_s, body_s: for a request's head and body to arrive. stall_s: for a client to
-    take what was written to it. write_bytes: kept for it by the system and, beyond, by the server.
+    comes. queue_s: longest a request waits to be begun, expected or in fact; inf for ever.
+    streams_per_key: requests of one key at once. connections: open at once. idle_s: of a connection
+    without a request. header_s, body_s: for a request's head and body to arrive. stall_s: for a
+    client to take what was written to it. write_bytes: kept for it by the system and, beyond, by
+    the server.
     """
 
     body_bytes: int = 8 * 2**20
@@ -156,6 +158,8 @@ class Admission:
 
     def watch(self, generation: Generation) -> None:
         """End a request that was not begun within the longest wait, as if it were refused."""
+        if math.isinf(self._limits.queue_s):
+            return
         # A weak reference: what has ended must not be kept for as long as it might have waited.
         asyncio.get_running_loop().call_later(
             self._limits.queue_s, self._expire, weakref.ref(generation)
