@@ -36,7 +36,7 @@ from twostroke.exec.child_memory import MappedMemory, MemorySizes
 from twostroke.exec.child_process import ChildSetup
 from twostroke.exec.child_supervisor import ChildSupervisor
 from twostroke.exec.cpu import CpuRunner
-from twostroke.exec.local import LocalExecutor, RunnerSizes, get_kv_shape
+from twostroke.exec.local import LocalExecutor, Runner, RunnerSizes, get_kv_shape
 from twostroke.kernels.ops import Drawn, SamplingArrays, StepArrays
 from twostroke.spec.quant import Format
 
@@ -45,10 +45,31 @@ SPEC = TINY_SPECS["llama"]
 POISON = 7  # a token that a poisoned child dies of
 
 
+class WatchedRunner:
+    """A runner (see exec.local.Runner) that calls `after` with each step it has computed."""
+
+    def __init__(self, runner: Runner, after: Callable[[StepArrays], None]) -> None:
+        self.describe = runner.describe
+        self.get_logits = runner.get_logits
+        self.get_draws = runner.get_draws
+        self.view_kv = runner.view_kv
+        self._runner = runner
+        self._after = after
+
+    def run_step(self, step: StepArrays, arrays: SamplingArrays) -> Drawn:
+        drawn = self._runner.run_step(step, arrays)
+        self._after(step)
+        return drawn
+
+
+def make_runner(memory: NDArray[np.uint8] | None) -> CpuRunner:
+    """The tiny model's runner, over memory of its own or memory given."""
+    return CpuRunner(SPEC, make_tensors(SPEC, Format.Q4_0), SIZES, memory=memory)
+
+
 def make_local(memory: NDArray[np.uint8] | None, host: NDArray[np.uint8] | None) -> LocalExecutor:
     """The tiny model's executor, over memory of its own or memory given."""
-    runner = CpuRunner(SPEC, make_tensors(SPEC, Format.Q4_0), SIZES, memory=memory)
-    return LocalExecutor(runner, SIZES, host)
+    return LocalExecutor(make_runner(memory), SIZES, host)
 
 
 def make_executor(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:
@@ -58,18 +79,12 @@ def make_executor(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:
 
 def make_poisoned(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:
     """For a child that dies of a step in which the token POISON is computed."""
-    executor = make_local(memory.kv, memory.host)
-    runner = executor.runner
-    run_step: Callable[[StepArrays, SamplingArrays], Drawn] = runner.run_step
 
-    def die_of_poison(step: StepArrays, arrays: SamplingArrays) -> Drawn:
-        drawn = run_step(step, arrays)
+    def die_of_poison(step: StepArrays) -> None:
         if POISON in step.tokens:
             os.kill(os.getpid(), signal.SIGKILL)
-        return drawn
 
-    runner.run_step = die_of_poison  # type: ignore[method-assign]
-    return executor
+    return LocalExecutor(WatchedRunner(make_runner(memory.kv), die_of_poison), SIZES, memory.host)
 
 
 def make_broken(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:

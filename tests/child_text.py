@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from child_engine import WatchedRunner
 from fakes import make_vocabulary
 from tiny_models import TINY_SPECS, make_config, make_tensors
 from twostroke.core.ports import Executor
@@ -26,8 +27,8 @@ from twostroke.exec.child_memory import MappedMemory, MemorySizes
 from twostroke.exec.child_process import ChildSetup
 from twostroke.exec.child_supervisor import ChildSupervisor
 from twostroke.exec.cpu import CpuRunner
-from twostroke.exec.local import LocalExecutor, RunnerSizes, get_kv_shape
-from twostroke.kernels.ops import Drawn, SamplingArrays, StepArrays
+from twostroke.exec.local import LocalExecutor, Runner, RunnerSizes, get_kv_shape
+from twostroke.kernels.ops import StepArrays
 from twostroke.spec.quant import Format
 from twostroke.text.chat import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
@@ -45,27 +46,24 @@ def make_runner(memory: MappedMemory | None = None) -> CpuRunner:
 
 def make_executor(job: tuple[Any, ...], memory: MappedMemory) -> LocalExecutor:
     """For a child. job: a state folder, or nothing."""
-    runner = make_runner(memory)
+    runner: Runner = make_runner(memory)
     allowance = Path(job[0]) / "steps" if job else None
     if allowance is not None and allowance.exists():
-        _end_both_in(runner, int(allowance.read_text()))
+        runner = WatchedRunner(runner, _end_both_in(int(allowance.read_text())))
     return LocalExecutor(runner, SIZES, memory.host)
 
 
-def _end_both_in(runner: CpuRunner, last: int) -> None:
-    run_step: Callable[[StepArrays, SamplingArrays], Drawn] = runner.run_step
+def _end_both_in(last: int) -> Callable[[StepArrays], None]:
     made = 0
 
-    def run_until(step: StepArrays, arrays: SamplingArrays) -> Drawn:
+    def end_both(step: StepArrays) -> None:
         nonlocal made
-        drawn = run_step(step, arrays)
         made += 1
         if made > last:
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        return drawn
 
-    runner.run_step = run_until  # type: ignore[method-assign]
+    return end_both
 
 
 def make_parts(executor: Executor, policy: LoopPolicy | None = None) -> EngineParts:
