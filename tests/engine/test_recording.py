@@ -140,6 +140,7 @@ def _replace(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     ("kind", "damage", "words"),
     [
         (Plan, lambda line: line[: len(line) // 2], "is no JSON"),
+        (Plan, lambda line: b"[" * 99_999, "is no JSON"),
         (Plan, lambda line: b"[]\n", "must be an object"),
         (Commit, _replace(b"commit", b"comit"), "must be an object with one of submit"),
         (Commit, _replace(b'"now":', b'"then":'), "commit has no 'then'"),
@@ -185,5 +186,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter, match="cannot be read"):
         read_recording(tmp_path / "nothing.jsonl")
     recording = Recording(Header("m", SchedulerConfig(4, 2, 8, 4, 8, 17)), ())
-    with pytest.raises(InvalidParameter, match="cannot be written"):
-        write_recording(recording, tmp_path / "no" / "where.jsonl")
+    (tmp_path / "file").write_bytes(b"")
+    for folder in ("no", "file"):
+        with pytest.raises(InvalidParameter, match="cannot be written"):
+            write_recording(recording, tmp_path / folder / "where.jsonl")

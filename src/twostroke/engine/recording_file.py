@@ -8,6 +8,7 @@ its number, because a replay of half a recording would look like one of the whol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Hashable, Iterator, Mapping
@@ -82,7 +83,8 @@ def write_recording(recording: Recording, path: Path) -> None:
         why = error.strerror or str(error)
         raise InvalidParameter("record", f"{path} cannot be written: {why}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # mostly it is gone, or never came to be
+            partial.unlink()
 
 
 def read_recording(path: Path) -> Recording:
@@ -139,7 +141,7 @@ def _read_input(line: bytes) -> Input:
 def _read_object(line: bytes) -> dict[str, Any]:
     try:
         plain = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Refused(f"is no JSON ({error})") from None
     if not isinstance(plain, dict):
         raise _Refused("must be an object")
