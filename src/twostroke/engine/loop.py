@@ -324,9 +324,11 @@ class EngineLoop:
 
     def _commit_answered(self) -> None:
         """Commit, in the order they were planned, the steps whose outcome is here."""
-        while self._in_flight and isinstance(self._in_flight[0].answer, StepOutcome):
+        while self._in_flight:
             flight = self._in_flight[0]
-            outcome = self._in_flight[0].answer
+            outcome = flight.answer
+            if not isinstance(outcome, StepOutcome):
+                return
             now_ns = self._clock.now_ns()
             try:
                 updates = self._scheduler.commit(outcome, now_ns)
