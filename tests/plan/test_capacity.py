@@ -26,7 +26,7 @@ from twostroke.plan.capacity import (
 from twostroke.plan.pareto_plot import draw_front
 from twostroke.plan.recovery import plan_checkpoints, plan_replay
 from twostroke.plan.roofline_cost import CAPTURED, RooflineCost
-from twostroke.plan.search import Option, find_front, find_nearest, search
+from twostroke.plan.search import Option, add_replicas, find_front, find_nearest, search
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.device import get_known_device
 from twostroke.spec.work import get_model_work
@@ -67,7 +67,7 @@ def test_what_is_found_is_kept_and_one_row_more_is_not(prompt, new, tpot, ttft) 
         assert not get_load(ENGINE, demand, rows).breaks
         assert get_load(ENGINE, demand, rows + 1).breaks == capacity.breaks
     else:
-        assert capacity.breaks
+        assert capacity.breaks == get_load(ENGINE, demand, 1).breaks
 
 
 def test_the_pool_breaks_first_where_it_is_small_and_the_target_where_it_is_tight() -> None:
@@ -103,6 +103,19 @@ def test_plans_keep_the_rate_and_the_targets_and_the_cheapest_is_first() -> None
         for pool in each.pools:
             assert pool.utilisation <= 1 + 1e-9
             assert pool.load.rate * pool.replicas == pytest.approx(DEMAND.rate, rel=0.05)
+
+
+def test_more_replicas_of_a_pool_do_less_each_and_cost_more() -> None:
+    for plan in search([OPTION], DEMAND, 25e9, 100):
+        for at, before in enumerate(plan.pools):
+            more = add_replicas(plan, DEMAND, at, 2)
+            pool = more.pools[at]
+            assert pool.replicas == before.replicas + 2
+            assert pool.load.rate * pool.replicas == pytest.approx(DEMAND.rate, rel=0.05)
+            assert pool.utilisation < before.utilisation
+            assert more.hourly_cost > plan.hourly_cost
+            assert more.growth >= plan.growth
+            assert (more.ttft_s, more.tpot_s) <= (plan.ttft_s, plan.tpot_s)
 
 
 def test_the_link_that_two_pools_need_carries_every_prompts_keys() -> None:

@@ -100,6 +100,31 @@ def get_chunk_tokens(engine: Engine, demand: Demand, rows: float) -> int:
     return math.ceil(demand.prompt_tokens / math.ceil(demand.prompt_tokens / room))
 
 
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """How prompts share steps with decodes. chunk: tokens of each prompt in a step; steps: that a
+    prompt takes; coming: prompts in a step's time; room: prompts that a step has room for."""
+
+    chunk: int
+    steps: int
+    coming: float
+    room: int
+
+    @property
+    def together(self) -> int:
+        """Prompts in a step that has some, in the mean."""
+        return min(self.room, max(1, round(self.coming)))
+
+
+def get_mixing(engine: Engine, demand: Demand, rows: float) -> Mixing:
+    """How prompts share steps with `rows` decodes: in a step's time rows / N of them come."""
+    chunk = get_chunk_tokens(engine, demand, rows)
+    steps = math.ceil(demand.prompt_tokens / chunk)
+    # Whole prompts share a step where there is room.
+    room = max(1, (engine.step_tokens - round(rows)) // chunk) if steps == 1 else 1
+    return Mixing(chunk, steps, rows / demand.new_tokens, room)
+
+
 def get_step_s(engine: Engine, demand: Demand, rows: float, chunk: int, prompts: int = 1) -> float:
     """Time of a step: `rows` decodes half-way through their answers, a chunk of each of some
     prompts."""
@@ -118,17 +143,13 @@ def get_step_s(engine: Engine, demand: Demand, rows: float, chunk: int, prompts:
 
 def get_load(engine: Engine, demand: Demand, rows: float) -> Load:
     """The steady state of one pool, prompts and decodes together, in which `rows` decode."""
-    chunk = get_chunk_tokens(engine, demand, rows)
-    steps = math.ceil(demand.prompt_tokens / chunk)  # with a chunk, for each request
-    # In a step's time rows / N prompts come. Whole prompts share a step where there is room.
-    coming, room = rows / demand.new_tokens, max(1, (engine.step_tokens - round(rows)) // chunk)
-    room = room if steps == 1 else 1
-    busy, mixed = coming * steps / room, min(1.0, coming * steps)
-    together = min(room, max(1, round(coming)))
+    mixing = get_mixing(engine, demand, rows)
+    chunks = mixing.coming * mixing.steps
+    busy, mixed = chunks / mixing.room, min(1.0, chunks)
     plain_s = get_step_s(engine, demand, rows, 0)
-    mixed_s = get_step_s(engine, demand, rows, chunk, together)
+    mixed_s = get_step_s(engine, demand, rows, mixing.chunk, mixing.together)
     tpot_s = plain_s + mixed * (mixed_s - plain_s)
-    prefill_s = steps * mixed_s
+    prefill_s = mixing.steps * mixed_s
     ttft_s = prefill_s + tpot_s / 2 + get_wait_s(busy, prefill_s)
     rate = rows / (demand.new_tokens * tpot_s)
     load = Load(rate, rows, busy, mixed, tpot_s, ttft_s, "")
@@ -193,7 +214,7 @@ def find_capacity(engine: Engine, demand: Demand, is_decode_only: bool = False) 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if get(engine, demand, middle).breaks else (middle, high)
-    return Capacity(get(engine, demand, low), get(engine, demand, high).breaks or ROWS)
+    return Capacity(get(engine, demand, low), get(engine, demand, high).breaks)
 
 
 def find_prefill_capacity(engine: Engine, demand: Demand) -> Capacity:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.plan.capacity import (
     Capacity,
@@ -124,15 +124,21 @@ def search(
 ) -> list[Candidate]:
     """Every plan that keeps the targets, the cheapest first; among equals the one that also grows
     most. link_bandwidth: of each prefill replica; 0 leaves two pools out."""
-    found = []
-    for option in options:
-        capacity = find_capacity(option.engine, demand)
-        if not capacity.load.breaks:
-            found.append(_build_one(option, demand, capacity))
+    pools = (_build_pool("all", option, demand) for option in options)
+    found = [_stand_alone(pool, demand) for pool in pools if pool is not None]
     if link_bandwidth and demand.new_tokens > 1:
         found += _search_pools(options, demand, link_bandwidth)
     fitting = [each for each in found if all(p.replicas <= most_replicas for p in each.pools)]
     return sorted(fitting, key=get_rank)
+
+
+def add_replicas(candidate: Candidate, demand: Demand, at: int, more: int) -> Candidate:
+    """The plan with `more` replicas in its pool number `at`, each of which then has less to do."""
+    pools = list(candidate.pools)
+    pools[at] = _share(pools[at], demand, pools[at].replicas + more)
+    if candidate.link is None:
+        return _stand_alone(pools[0], demand)
+    return _join(pools[0], pools[1], demand, candidate.link.bandwidth)
 
 
 def get_rank(candidate: Candidate) -> tuple[float, ...]:
@@ -172,11 +178,9 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _build_one(option: Option, demand: Demand, capacity: Capacity) -> Candidate:
-    replicas = math.ceil(demand.rate / capacity.load.rate)
-    load = find_load(option.engine, demand, demand.rate / replicas, capacity.load)
-    pool = Pool("all", option, replicas, capacity, load)
-    growth = capacity.load.rate * replicas / demand.rate
+def _stand_alone(pool: Pool, demand: Demand) -> Candidate:
+    load, capacity = pool.load, pool.capacity
+    growth = capacity.load.rate * pool.replicas / demand.rate
     return Candidate((pool,), None, load.ttft_s, load.tpot_s, growth, capacity.breaks)
 
 
@@ -187,8 +191,8 @@ def _search_pools(
     found = []
     for kind in dict.fromkeys((each.device, each.weights, each.kv) for each in options):
         same = [each for each in options if (each.device, each.weights, each.kv) == kind]
-        prefill = [_build_prefill(each, demand) for each in same]
-        decode = [_build_decode(each, demand) for each in same]
+        prefill = [_build_pool("prefill", each, demand) for each in same]
+        decode = [_build_pool("decode", each, demand) for each in same]
         first = min((each for each in prefill if each), key=_weigh_pool, default=None)
         second = min((each for each in decode if each), key=_weigh_pool, default=None)
         if first is None or second is None:
@@ -203,23 +207,27 @@ def _weigh_pool(pool: Pool) -> tuple[float, ...]:
     return pool.devices, pool.load.ttft_s + pool.load.tpot_s
 
 
-def _build_prefill(option: Option, demand: Demand) -> Pool | None:
-    capacity = find_prefill_capacity(option.engine, demand)
-    if capacity.load.rate <= 0:
+def _build_pool(role: str, option: Option, demand: Demand) -> Pool | None:
+    """The fewest replicas that take the whole rate; None where one alone breaks a limit."""
+    if role == "prefill":
+        capacity = find_prefill_capacity(option.engine, demand)
+    else:
+        capacity = find_capacity(option.engine, demand, is_decode_only=role == "decode")
+    if capacity.load.breaks or capacity.load.rate <= 0:
         return None
-    replicas = math.ceil(demand.rate / capacity.load.rate)
-    load = get_prefill_load(option.engine, demand, demand.rate / replicas)
-    return Pool("prefill", option, replicas, capacity, load)
+    pool = Pool(role, option, 1, capacity, capacity.load)
+    return _share(pool, demand, math.ceil(demand.rate / capacity.load.rate))
 
 
-def _build_decode(option: Option, demand: Demand) -> Pool | None:
-    capacity = find_capacity(option.engine, demand, is_decode_only=True)
-    if capacity.load.breaks:
-        return None
-    replicas = math.ceil(demand.rate / capacity.load.rate)
-    rate = demand.rate / replicas
-    load = find_load(option.engine, demand, rate, capacity.load, is_decode_only=True)
-    return Pool("decode", option, replicas, capacity, load)
+def _share(pool: Pool, demand: Demand, replicas: int) -> Pool:
+    """The pool with so many replicas, and the load of each."""
+    engine, rate = pool.option.engine, demand.rate / replicas
+    if pool.role == "prefill":
+        load = get_prefill_load(engine, demand, rate)
+    else:
+        most, is_decode_only = pool.capacity.load, pool.role == "decode"
+        load = find_load(engine, demand, rate, most, is_decode_only)
+    return replace(pool, replicas=replicas, load=load)
 
 
 def _join(prefill: Pool, decode: Pool, demand: Demand, bandwidth: float) -> Candidate:
