@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from places import SHARED
 from twostroke.cli.plan import ask, check, find, run_plan
-from twostroke.cli.plan_table import describe_plan
+from twostroke.cli.plan_check import check_candidate
+from twostroke.cli.plan_table import describe_plan, print_plan
 from twostroke.cli.question_options import PlanOptions, RooflineOptions
 from twostroke.cli.roofline import run_roofline
 from twostroke.errors import InvalidParameter, TwostrokeError
@@ -29,10 +31,10 @@ ASKED = PlanOptions(
 )
 
 
-def run(capsys: pytest.CaptureFixture[str], options: PlanOptions) -> dict[str, object]:
+def run(capsys: pytest.CaptureFixture[str], options: PlanOptions) -> dict[str, Any]:
     """The answer as JSON, which is the last line printed."""
     run_plan(replace(options, json=True))
-    answer: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return answer
 
 
@@ -40,7 +42,7 @@ def test_plans_are_shown_with_everything_that_is_asked_of_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answer = run(capsys, replace(ASKED, check=False))
-    for plan in answer["plans"]:  # type: ignore[attr-defined]
+    for plan in answer["plans"]:
         assert plan["ttft_p90_s"] <= 0.8
         assert plan["tpot_mean_s"] <= 0.06
         assert plan["growth"] >= 1
@@ -56,6 +58,19 @@ def test_a_plan_that_is_simulated_keeps_its_targets_there() -> None:
     assert answer.checked[0].ttft_p90_s <= 0.8
     assert answer.checked[0].tpot_p90_s <= 0.06
     assert all(each.share > 0.5 for each in answer.checked)
+
+
+def test_a_fleet_too_large_to_be_simulated_until_it_is_steady_is_said_to_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = replace(ASKED, rate="300", device=["a100-80gb:captured"], kv="f16")
+    answer = find(ask(asked))
+    question, (best, *_) = answer.question, answer.shown
+    assert question.source is not None
+    checked = check_candidate(best, question.demand, question.source, 1)
+    assert checked.requests == 2000 < checked.steady_requests
+    print_plan(replace(answer, checked=(checked,)), 0.0)
+    assert "fewer than a steady state takes" in capsys.readouterr().out
 
 
 def test_the_closed_form_is_near_what_is_simulated() -> None:
@@ -89,7 +104,32 @@ def test_stages_are_taken_where_tensor_parallelism_alone_does_not_do() -> None:
 
 def test_without_a_price_nothing_costs_anything(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, replace(ASKED, device=["l4:captured"], price=None, check=False))
-    assert all(each["monthly_cost"] is None for each in answer["plans"])  # type: ignore[attr-defined]
+    assert all(each["monthly_cost"] is None for each in answer["plans"])
+
+
+def test_requests_beyond_the_context_are_planned_for_as_they_are_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_plan(replace(ASKED, prompt_tokens="60000", ttft_target_ms=None, check=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert "of 3,996 + 100 tokens" in lines[0]
+    assert lines[1] == "cut to the model's context: 2,000 of 2,000 requests"
+
+
+def test_what_one_engine_cannot_keep_alone_is_refused_with_the_limit() -> None:
+    (option, *_) = ask(ASKED).options
+    small = replace(option, engine=replace(option.engine, pool_tokens=300))
+    asked = ask(replace(ASKED, ttft_target_ms=None, itl_target_ms=None))
+    with pytest.raises(InvalidParameter, match=r"300 \+ 100 tokens at a time: the KV pool is full"):
+        find(replace(asked, options=(small,)))
+
+
+def test_a_rate_beyond_all_replicas_is_refused_with_what_they_keep() -> None:
+    question = replace(ask(ASKED), most_replicas=1)
+    with pytest.raises(InvalidParameter, match=r"at most .* requests/s are kept here") as refused:
+        find(replace(question, demand=replace(question.demand, rate=1000.0)))
+    kept = float(str(refused.value).split("at most ")[1].split()[0])
+    assert find(replace(question, demand=replace(question.demand, rate=0.99 * kept))).candidates
 
 
 def test_every_formula_is_explained_with_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,11 +158,9 @@ def test_every_formula_is_explained_with_its_numbers(capsys: pytest.CaptureFixtu
         ({"rate": None}, "give requests a second"),
     ],
 )
-def test_a_mistake_is_answered_with_what_is_possible(
-    wrong: dict[str, object], message: str
-) -> None:
+def test_a_mistake_is_answered_with_what_is_possible(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(TwostrokeError, match=message):
-        run_plan(replace(ASKED, **wrong))  # type: ignore[arg-type]
+        run_plan(replace(ASKED, **wrong))
 
 
 def test_the_least_target_that_is_named_is_kept() -> None:
@@ -160,21 +198,27 @@ def test_a_roofline_names_its_ridge_and_what_shortcuts_miss(
         ({"output": ["a.txt"]}, "must end in"),
     ],
 )
-def test_a_roofline_of_nothing_is_refused(wrong: dict[str, object], message: str) -> None:
+def test_a_roofline_of_nothing_is_refused(wrong: dict[str, Any], message: str) -> None:
     asked = RooflineOptions(model="llama-2-7b", device="l4")
     with pytest.raises(InvalidParameter, match=message):
-        run_roofline(replace(asked, **wrong))  # type: ignore[arg-type]
+        run_roofline(replace(asked, **wrong))
 
 
-def test_planning_imports_no_pytorch_and_no_engine() -> None:
+def test_planning_imports_no_pytorch_and_no_engine_that_computes() -> None:
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from twostroke.cli.plan import run_plan\n"
         "from twostroke.cli.question_options import PlanOptions\n"
         "run_plan(PlanOptions(model='llama-2-7b', device=['l4'], rate='1', check=False))\n"
-        "assert not {'torch', 'twostroke._native', 'matplotlib'} & set(sys.modules)\n"
+        "print(json.dumps(sorted(sys.modules)))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = set(json.loads(ran.stdout.splitlines()[-1]))
+    assert "twostroke.plan.search" in modules
+    assert not {"torch", "matplotlib", "twostroke._native", "twostroke.engine.service"} & modules
+    # The simulator's executor, which only says how long a step would take.
+    executors = {name for name in modules if name.startswith("twostroke.exec.")}
+    assert executors == {"twostroke.exec.simulated"}
 
 
 @pytest.mark.real_model
@@ -183,7 +227,7 @@ def test_this_machine_is_planned_for_with_the_models_own_file(
 ) -> None:
     asked = PlanOptions(model="smollm2-135m", device=["this"], max_rows=4, check=False)
     answer = run(capsys, asked)
-    (plan,) = answer["plans"]  # type: ignore[misc]
+    (plan,) = answer["plans"]
     assert plan["devices"] == 1
     assert plan["pools"][0]["rows"] == pytest.approx(4, rel=0.05)
     with pytest.raises(InvalidParameter, match="requests/s are kept here"):

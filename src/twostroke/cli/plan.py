@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
+from typing import NoReturn
 
 from twostroke.cli.plan_check import TRIES, Checked, check_candidate
 from twostroke.cli.plan_table import describe_plan, explain, print_plan
@@ -31,10 +32,10 @@ from twostroke.cli.simulated import (
     get_pool_bytes,
 )
 from twostroke.errors import DeviceError, InvalidParameter
-from twostroke.plan.capacity import Demand, Engine, find_capacity
+from twostroke.plan.capacity import TPOT, Demand, Engine, find_capacity
 from twostroke.plan.roofline_cost import RooflineCost
 from twostroke.plan.search import Candidate, Nearest, Option, find_nearest, get_rank, search
-from twostroke.sim.sources import Source, SourceChoice, build_source
+from twostroke.sim.sources import Fitted, Source, SourceChoice, Targets, build_source
 from twostroke.spec.device import DeviceSpec, get_known_device, list_known_devices
 from twostroke.spec.kv import KvElement
 from twostroke.spec.model import ModelSpec
@@ -51,9 +52,14 @@ _HOUR_MS = 3.6e6
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, settled: the requests, their means and targets, and what may be chosen."""
+    """What is asked, settled: the requests, their means and targets, and what may be chosen.
+
+    source: None where the demand is what one engine keeps. fitted: how many of the requests that
+    make the means were cut to the model's context.
+    """
 
     demand: Demand
+    fitted: Fitted
     source: Source | None
     options: tuple[Option, ...]
     link_bandwidth: float
@@ -109,7 +115,6 @@ def ask(options: PlanOptions) -> Question:
     if not names:
         find_device(None)
     source = _build_source(options)
-    demand = _measure(source, targets)
     made = list(_build_options(options, names))
     refused = [each for each in made if isinstance(each, str)]
     found = [each for each in made if isinstance(each, Option)]
@@ -118,7 +123,8 @@ def ask(options: PlanOptions) -> Question:
     if options.kv_link_gbits <= 0:
         raise InvalidParameter("kv_link_gbits", "must be above 0, such as 200")
     link = options.kv_link_gbits * 1e9 / 8
-    return Question(demand, source, tuple(found), link, MAX_REPLICAS, tuple(refused))
+    demand, fitted = _measure(source, targets, found[0].spec)
+    return Question(demand, fitted, source, tuple(found), link, MAX_REPLICAS, tuple(refused))
 
 
 def find(question: Question) -> Answer:
@@ -166,31 +172,40 @@ def _choose(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
     yield from best[:_SHOWN]
 
 
-def _refuse(question: Question, nearest: Nearest) -> None:
+def _refuse(question: Question, nearest: Nearest) -> NoReturn:
+    """Raises InvalidParameter for the first limit that no engine keeps, with what one does keep."""
     demand = question.demand
-    problems = []
     if demand.tpot_s and nearest.tpot_s > demand.tpot_s:
         least = _round_up(nearest.tpot_s)
-        problems.append(("itl_target_ms", f"{least} ms is the least, with {nearest.tpot_of}"))
+        _refuse_target("itl_target_ms", f"{least} ms is the least, with {nearest.tpot_of}")
     if demand.ttft_s and nearest.ttft_s > demand.ttft_s:
         least = _round_up(nearest.ttft_s)
-        problems.append(("ttft_target_ms", f"{least} ms is the least, with {nearest.ttft_of}"))
-    for name, problem in problems:
-        raise InvalidParameter(name, f"cannot be kept on these devices: {problem}")
-    best = max(question.options, key=lambda each: find_capacity(each.engine, demand).load.rate)
-    capacity = find_capacity(best.engine, demand)
-    if question.most_replicas == 1 and not capacity.load.breaks:
-        raise InvalidParameter(
-            "rate", f"at most {capacity.load.rate:.3g} requests/s are kept here: beyond, "
-            f"{capacity.breaks}",
-        )  # fmt: skip
+        _refuse_target("ttft_target_ms", f"{least} ms is the least, with {nearest.ttft_of}")
+    found = [find_capacity(each.engine, demand) for each in question.options]
+    kept = [each for each in found if not each.load.breaks]
+    if kept:
+        best = max(kept, key=lambda each: each.load.rate)
+        rate = best.load.rate * question.most_replicas
+        most = f"at most {rate:.3g} requests/s are kept here: beyond, {best.breaks}"
+        raise InvalidParameter("rate", most)
     loose = replace(demand, ttft_s=0.0)
-    capacity = find_capacity(best.engine, loose)
-    raise InvalidParameter(
-        "ttft_target_ms",
-        "both targets together cannot be kept: without this one TTFT is "
-        f"{_round_up(capacity.load.ttft_s)} ms at the most that one engine takes",
-    )
+    loads = [find_capacity(each.engine, loose).load for each in question.options]
+    without = [load.ttft_s for load in loads if not load.breaks]
+    if without:
+        least = _round_up(min(without))
+        _refuse_target(
+            "ttft_target_ms", f"without it TTFT is {least} ms at the most that one engine takes"
+        )
+    slow = [load.tpot_s for load in loads if load.breaks == TPOT]
+    if slow:
+        _refuse_target("itl_target_ms", f"beside prompts {_round_up(min(slow))} ms is the least")
+    tokens = f"{demand.prompt_tokens:,} + {demand.new_tokens:,} tokens"
+    one = f"no engine here keeps even one request of {tokens} at a time: {loads[0].breaks}"
+    raise InvalidParameter("prompt_tokens", one)
+
+
+def _refuse_target(name: str, problem: str) -> NoReturn:
+    raise InvalidParameter(name, f"cannot be kept on these devices: {problem}")
 
 
 def _round_up(seconds: float) -> str:
@@ -216,16 +231,14 @@ def _build_source(options: PlanOptions) -> Source:
     )
 
 
-def _measure(source: Source, targets: Sequence[float]) -> Demand:
-    """The means of the first requests."""
-    prompt = new = count = 0
-    for _, one_prompt, one_new, *_ in source.draw():
-        prompt, new, count = prompt + one_prompt, new + one_new, count + 1
-        if count == _MEASURED:
-            break
-    rate = source.expected / source.seconds
+def _measure(source: Source, targets: Sequence[float], spec: ModelSpec) -> tuple[Demand, Fitted]:
+    """The means of the first requests, cut to the model's context as a simulation cuts them."""
+    fitted = Fitted()
+    arrivals = source.arrive(Targets(context_tokens=spec.context_tokens), fitted)
+    lengths = [(each.prompt_tokens, each.new_tokens) for each in islice(arrivals, _MEASURED)]
+    prompt, new = (max(1, round(sum(each) / len(lengths))) for each in zip(*lengths, strict=True))
     ttft_s, tpot_s = targets
-    return Demand(rate, max(1, round(prompt / count)), max(1, round(new / count)), ttft_s, tpot_s)
+    return Demand(source.expected / source.seconds, prompt, new, ttft_s, tpot_s), fitted
 
 
 def _build_options(options: PlanOptions, names: Sequence[str]) -> Iterator[Option | str]:
@@ -286,10 +299,9 @@ def _fit(
 def _say_unfit(spec: ModelSpec, stored: str, device: DeviceSpec) -> str:
     """Why a model fits no number of these devices, and what would hold it."""
     needed = format_bytes(spec.weight_bytes)
-    most = max(tp for tp in _DEGREES if spec.num_heads % tp == 0) * _STAGES[-1]
-    most = most if device.link_bandwidth else 1
-    memory = format_bytes(most * device.memory_bytes)
     tp = max(tp for tp in _DEGREES if spec.num_heads % tp == 0)
+    most = tp * _STAGES[-1] if device.link_bandwidth else 1
+    memory = format_bytes(most * device.memory_bytes)
     others = [
         (tp * stages, name)
         for name in list_known_devices()
@@ -317,11 +329,11 @@ def _ask_this(options: PlanOptions, names: Sequence[str], targets: Sequence[floa
     )  # fmt: skip
     if options.rate is None and options.trace is None:
         source = _build_source(replace(options, rate="1"))
-        demand = _measure(source, targets)
+        demand, fitted = _measure(source, targets, spec)
         rate = find_capacity(engine, demand).load.rate
-        return Question(replace(demand, rate=0.999 * rate), None, (option,), 0.0, 1, ())
+        return Question(replace(demand, rate=0.999 * rate), fitted, None, (option,), 0.0, 1, ())
     source = _build_source(options)
-    demand = _measure(source, targets)
+    demand, fitted = _measure(source, targets, spec)
     if demand.held_tokens > pool_tokens:
         raise DeviceError(f"the KV pool here holds {pool_tokens:,} tokens, less than one request")
-    return Question(demand, source, (option,), 0.0, 1, ())
+    return Question(demand, fitted, source, (option,), 0.0, 1, ())

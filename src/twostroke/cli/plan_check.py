@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -19,8 +19,9 @@ from twostroke.cli.simulated import MAX_ITERATIONS
 from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.plan.capacity import Demand
-from twostroke.plan.search import Candidate, Option, Pool
+from twostroke.plan.search import Candidate, Option, add_replicas
 from twostroke.policies.names import PolicyChoice, build_policies
+from twostroke.policies.watermark import choose_watermark
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
 from twostroke.sim.handoff import LinkSpec
@@ -43,10 +44,12 @@ _FINISHED = FATES.index("finished")
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A candidate as it was simulated, with the replicas it took. Times are percentiles of all
-    requests; share: of requests that finished within both targets; is_kept: 9 of 10 did."""
+    requests; share: of requests that finished within both targets; is_kept: 9 of 10 did.
+    steady_requests: as many as a steady state takes, which may be more than were simulated."""
 
     candidate: Candidate
     requests: int
+    steady_requests: int
     ttft_p50_s: float
     ttft_p90_s: float
     tpot_p50_s: float
@@ -77,16 +80,12 @@ def _grow(candidate: Candidate, demand: Demand, checked: Checked) -> Candidate:
     at = 0
     if len(candidate.pools) > 1 and demand.tpot_s and checked.tpot_p90_s > demand.tpot_s:
         at = 1
-    pools = list(candidate.pools)
-    more = pools[at].replicas + max(1, pools[at].replicas // 10)
-    load = replace(pools[at].load, rate=demand.rate / more)
-    growth = candidate.growth * more / pools[at].replicas if len(pools) == 1 else candidate.growth
-    pools[at] = replace(pools[at], replicas=more, load=load)
-    return replace(candidate, pools=tuple(pools), growth=growth)
+    return add_replicas(candidate, demand, at, max(1, candidate.pools[at].replicas // 10))
 
 
 def _simulate(candidate: Candidate, demand: Demand, source: Source) -> Checked:
-    arrivals = list(islice(_draw(candidate, source, demand), _count(candidate, demand)))
+    steady = _count_steady(candidate, demand)
+    arrivals = list(islice(_draw(candidate, source, demand), min(_MOST, steady)))
     link_busy = 0.0
     if candidate.link is None:
         (pool,) = candidate.pools
@@ -110,7 +109,7 @@ def _simulate(candidate: Candidate, demand: Demand, source: Source) -> Checked:
     ttft_p50, ttft_p90 = _get_percentiles(ttft)
     tpot_p50, tpot_p90 = _get_percentiles(tpot)
     return Checked(
-        candidate, len(arrivals), ttft_p50, ttft_p90, tpot_p50, tpot_p90, share, link_busy
+        candidate, len(arrivals), steady, ttft_p50, ttft_p90, tpot_p50, tpot_p90, share, link_busy
     )
 
 
@@ -132,11 +131,10 @@ def _get_percentiles(seconds: NDArray[np.float64]) -> tuple[float, float]:
     return float(middle), float(most)
 
 
-def _count(candidate: Candidate, demand: Demand) -> int:
+def _count_steady(candidate: Candidate, demand: Demand) -> int:
     replicas = sum(pool.replicas for pool in candidate.pools)
     latency_s = candidate.ttft_s + demand.new_tokens * candidate.tpot_s
-    wanted = max(_LEAST, _EACH * replicas, round(_LATENCIES * latency_s * demand.rate))
-    return min(_MOST, wanted)
+    return max(_LEAST, _EACH * replicas, round(_LATENCIES * latency_s * demand.rate))
 
 
 def _draw(candidate: Candidate, source: Source, demand: Demand) -> Iterator[Arrival]:
@@ -162,6 +160,7 @@ def _build_replica(option: Option) -> ReplicaSpec:
         max_rows=engine.max_rows,
         context_tokens=spec.context_tokens,
         vocab_size=spec.vocab_size,
+        watermark_blocks=choose_watermark(num_blocks, engine.max_rows),
     )
     info = ExecutorInfo(
         device=option.device,
@@ -183,9 +182,3 @@ def _build_replica(option: Option) -> ReplicaSpec:
     return ReplicaSpec(
         config, info, engine.cost, make_policies=make_policies, max_iterations=MAX_ITERATIONS
     )
-
-
-def name_pool(pool: Pool) -> str:
-    """A pool in a few words: "3 × (tp 2)"."""
-    stages = f", pp {pool.option.pp}" if pool.option.pp > 1 else ""
-    return f"{pool.replicas:,} × (tp {pool.option.tp}{stages})"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from twostroke.cli.plan_check import Checked, name_pool
+from twostroke.cli.plan_check import Checked
 from twostroke.cli.settings import format_bytes
 from twostroke.plan.capacity import (
     Demand,
-    get_chunk_tokens,
     get_largest_batch,
+    get_mixing,
     get_prefill_s,
     get_step_s,
+    get_wait_s,
 )
 from twostroke.plan.recovery import plan_checkpoints, plan_replay
 from twostroke.plan.search import HOURS_A_MONTH, MOST_LINK_BUSY, Candidate, Pool
@@ -40,6 +41,9 @@ def print_plan(answer: Answer, seconds: float) -> None:
         f"{demand.rate:.4g} requests/s of {demand.prompt_tokens:,} + {demand.new_tokens:,} tokens "
         f"in the mean; {targets or 'no targets'}"
     )
+    fitted = answer.question.fitted
+    if fitted.clipped:
+        print(f"cut to the model's context: {fitted.clipped:,} of {fitted.requests:,} requests")
     for reason in answer.question.refused:
         print(f"left out: {reason}")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -53,8 +57,10 @@ def print_plan(answer: Answer, seconds: float) -> None:
     Console(highlight=False, width=_TABLE_WIDTH).print(table)
     print(f"{len(answer.candidates):,} plans keep the targets; found in {seconds:.2f} s")
     if answer.checked:
-        print(f"simulated under {answer.checked[0].requests:,} requests and more; "
-              f"{answer.seconds:.1f} s in all")  # fmt: skip
+        requests = min(each.requests for each in answer.checked)
+        print(f"simulated under {requests:,} requests or more; {answer.seconds:.1f} s in all")
+        if any(each.requests < each.steady_requests for each in answer.checked):
+            print("fewer than a steady state takes: simulated waits and batches are too small")
     if not answer.shown[0].hourly_cost:
         print("no price is known for every device: give --price for costs")
 
@@ -93,6 +99,12 @@ def _list_lines(
     yield "breaks first", f"{candidate.breaks}, at {candidate.growth:.2f} × the rate"
 
 
+def name_pool(pool: Pool) -> str:
+    """A pool in a few words: "3 × (tp 2)"."""
+    stages = f", pp {pool.option.pp}" if pool.option.pp > 1 else ""
+    return f"{pool.replicas:,} × (tp {pool.option.tp}{stages})"
+
+
 def explain(answer: Answer, failures: float) -> None:
     """Each formula of the best plan with its numbers, and recovery."""
     best, demand = answer.shown[0], answer.question.demand
@@ -122,9 +134,11 @@ def _explain(best: Candidate, demand: Demand) -> Iterator[str]:
         f" = {get_step_s(engine, demand, rows, 0) * 1e3:,.4g} ms"
     )
     if pool.role == "all":
-        chunk = get_chunk_tokens(engine, demand, rows)
-        mixed_ms = get_step_s(engine, demand, rows, chunk) * 1e3
-        yield f"the same with a chunk of {chunk:,} prompt tokens = {mixed_ms:,.4g} ms"
+        mixing = get_mixing(engine, demand, rows)
+        mixed_s = get_step_s(engine, demand, rows, mixing.chunk, mixing.together)
+        chunks = f"{mixing.together:,} chunks" if mixing.together > 1 else "a chunk"
+        what = f"{chunks} of {mixing.chunk:,} prompt tokens"
+        yield f"the same with {what} = {mixed_s * 1e3:,.4g} ms"
         yield f"share of steps that have one = prompts in a step's time = {load.mixed:.1%}"
     yield f"TPOT = mean step = {load.tpot_s * 1e3:,.4g} ms"
     yield (
@@ -132,10 +146,14 @@ def _explain(best: Candidate, demand: Demand) -> Iterator[str]:
         f"{load.tpot_s * 1e3:,.4g} ms = {load.rate * demand.new_tokens * load.tpot_s:,.4g}"
     )
     first = best.pools[0]
-    prefill_s = get_prefill_s(first.option.engine, demand, first.load.rows)
+    if pool.role == "all":
+        prefill_s, begun_s = mixing.steps * mixed_s, load.tpot_s / 2
+    else:
+        prefill_s, begun_s = get_prefill_s(first.option.engine, demand), 0.0
+    times = (prefill_s, begun_s, get_wait_s(first.load.busy, prefill_s))
     yield (
-        f"TTFT p90 = prefill + wait of M/D/1 at {first.load.busy:.0%} busy = "
-        f"{prefill_s * 1e3:,.4g} + {max(0.0, best.ttft_s - prefill_s) * 1e3:,.4g} ms"
+        f"TTFT p90 = prefill + rest of a step + wait of M/D/1 at {first.load.busy:.0%} busy = "
+        f"{' + '.join(f'{each * 1e3:,.4g}' for each in times)} ms"
     )
     for each in best.pools:
         yield (
@@ -167,7 +185,7 @@ def _explain_recovery(best: Candidate, demand: Demand, failures: float) -> Itera
         return
     failure_s = HOURS_A_MONTH * 3600 / failures
     points = plan_checkpoints(copy_s, failure_s, _RESTART_S)
-    prefill_s = get_prefill_s(pool.option.engine, demand)
+    prefill_s = get_prefill_s(pool.option.engine, replace(demand, prompt_tokens=tokens))
     replay = plan_replay(prefill_s, rows, failure_s, _RESTART_S)
     yield (
         f"{failures:g} failures a month, one in {failure_s / 3600:,.4g} h; restart {_RESTART_S:g} s"
@@ -179,7 +197,7 @@ def _explain_recovery(best: Candidate, demand: Demand, failures: float) -> Itera
         f"{points.overhead:.3%}"
     )
     yield (
-        f"token log: {rows:,.1f} prompts with their answers are prefilled again in "
+        f"token log: {rows:,.1f} prompts with their answers so far are prefilled again in "
         f"{replay.rework_s:,.4g} s; overhead {replay.overhead:.4%}, none of it while nothing fails"
     )
     better = "the token log" if replay.overhead <= points.overhead else "checkpoints"
@@ -214,6 +232,7 @@ def _describe(candidate: Candidate, demand: Demand, checked: Checked | None) -> 
         "breaks_first": candidate.breaks,
         "simulated": None if checked is None else {
             "requests": checked.requests,
+            "steady_requests": checked.steady_requests,
             "ttft_p50_s": checked.ttft_p50_s,
             "ttft_p90_s": checked.ttft_p90_s,
             "tpot_p50_s": checked.tpot_p50_s,
