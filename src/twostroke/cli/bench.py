@@ -41,7 +41,7 @@ from twostroke.core.ports import Executor, ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.engine.recording import Header
 from twostroke.engine.recording_file import write_recording
-from twostroke.errors import InvalidParameter
+from twostroke.errors import EngineError, InvalidParameter
 from twostroke.exec.local import LocalExecutor
 from twostroke.plan.step_time import MeasuredCost
 from twostroke.policies.names import PolicyChoice, build_policies
@@ -50,7 +50,7 @@ from twostroke.sim.cluster import Cluster
 from twostroke.sim.recorded import list_steps, measure_recording, replay_recording
 from twostroke.sim.records import Records
 from twostroke.sim.replica import ReplicaSpec
-from twostroke.sim.results import summarise
+from twostroke.sim.results import Summary, summarise
 from twostroke.sim.routers import make_router
 from twostroke.sim.sources import Targets
 
@@ -156,26 +156,27 @@ def compare(run: RealRun, load: Load, predictor: Predictor) -> Compared:
     """Replay the run, simulate its load, and put both beside each other."""
     replayed = replay_recording(run.recording, predictor.make_policies())
     measured = measure_recording(run.recording, predictor.make_policies())
-    began = time.perf_counter()
-    predicted = predictor.simulate(load.arrivals)
-    took_s = time.perf_counter() - began
-    num_blocks = predictor.config.num_blocks
     paces = tuple(list_paces(list_steps(run.recording), predictor.cost))
     paced = predictor
     if paces:
         paced = replace(predictor, cost=predictor.cost.slow_down(paces[0].ratio))
-    at_pace = paced.simulate(load.arrivals)
     return Compared(
         replayed=replayed,
-        measured=summarise(measured, num_blocks, measured.end_ns / 1e9),
-        predicted=summarise(predicted, num_blocks, took_s),
-        at_pace=summarise(at_pace, num_blocks, took_s),
+        measured=summarise(measured, predictor.config.num_blocks, measured.end_ns / 1e9),
+        predicted=_summarise_simulated(predictor, load),
+        at_pace=_summarise_simulated(paced, load),
         paces=paces,
         late_ns=run.late_ns,
         part_seconds=run.stats.part_seconds,
         others_share=run.others_share,
         spare_share=max(0.0, 1 - predictor.info.threads / (os.cpu_count() or 1)),
     )
+
+
+def _summarise_simulated(predictor: Predictor, load: Load) -> Summary:
+    began = time.perf_counter()
+    records = predictor.simulate(load.arrivals)
+    return summarise(records, predictor.config.num_blocks, time.perf_counter() - began)
 
 
 def _describe_policies(
@@ -194,19 +195,23 @@ def _describe_policies(
 def _build_calibrated(
     wanted: EngineSettings, on: MachineOptions
 ) -> tuple[BuiltEngine, MeasuredCost, Choice]:
-    """The engine and its calibration, made first where there is none; what was done, to print."""
-    done = Choice("step times", "calibrated", "stored by `twostroke calibrate` on this machine")
-    while True:
+    """The engine and its calibration, made first where there is none; what was done, to print.
+
+    Raises EngineError where what was stored just now cannot be read again.
+    """
+    stored = "stored by `twostroke calibrate` on this machine"
+    for reason in (stored, "just now, because there was no calibration"):
         built = build_engine(wanted)
         cost = find_step_cost(built.parts.spec, built.settings)
         if isinstance(cost, MeasuredCost):
-            return built, cost, done
+            return built, cost, Choice("step times", "calibrated", reason)
         built.parts.executor.close()
         built.model.close()
-        print(f"no calibration of this model here: measuring its steps for {BUDGET_S:g} s first")
-        sys.stdout.flush()
-        run_calibrate(wanted.model, on)
-        done = Choice("step times", "calibrated", "just now, because there was no calibration")
+        if reason is stored:
+            print(f"no calibration of this model here: measuring its steps for {BUDGET_S:g} s")
+            sys.stdout.flush()
+            run_calibrate(wanted.model, on)
+    raise EngineError("the calibration that was stored just now cannot be read")
 
 
 def _touch_pool(executor: Executor) -> Choice:
@@ -214,8 +219,8 @@ def _touch_pool(executor: Executor) -> Choice:
 
     Memory that nobody wrote to yet is fetched page by page, inside the steps that first need it.
     """
-    if isinstance(executor, LocalExecutor):
-        executor.runner.view_kv().fill(_KV_BYTE)
+    assert isinstance(executor, LocalExecutor)  # of this process, as it is calibrated
+    executor.runner.view_kv().fill(_KV_BYTE)
     return Choice("KV memory", "written to before", "as after a while of serving")
 
 

@@ -46,25 +46,6 @@ class RealRun:
     others_share: float | None
 
 
-class _Waiter:
-    """Counts requests that have ended; its sinks run on the engine's thread."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.done = threading.Event()
-
-    def take(self, deltas: Sequence[OutputDelta], ended: bool) -> None:
-        """New output of a request, and whether it has ended."""
-        if ended:
-            self.drop()
-
-    def drop(self) -> None:
-        """One request less to wait for."""
-        self.left -= 1
-        if self.left <= 0:
-            self.done.set()
-
-
 def run_load(parts: EngineParts, arrivals: Sequence[Arrival], header: Header) -> RealRun:
     """Send every request at its time, wait for the last token, and close the engine.
 
@@ -73,16 +54,17 @@ def run_load(parts: EngineParts, arrivals: Sequence[Arrival], header: Header) ->
     recorder = RecordingScheduler(parts.scheduler)
     service = EngineService(replace(parts, scheduler=recorder.as_scheduler()))
     try:
-        waiter = _Waiter(len(arrivals))
+        ended = threading.Semaphore(0)
         states = [
-            _make_state(service, waiter, arrival, index) for index, arrival in enumerate(arrivals)
+            _make_state(service, ended, arrival, index) for index, arrival in enumerate(arrivals)
         ]
         gc.collect()
         gc.freeze()  # what was prepared need not be looked through while the engine runs
         before_s, own_s = _read_busy_s(), time.process_time()
         begin_s = time.monotonic()
-        meant_ns, late_ns, rejected = _send(service, parts, states, arrivals, waiter)
-        waiter.done.wait()
+        meant_ns, late_ns, rejected = _send(service, parts, states, arrivals)
+        for _ in range(len(states) - rejected):
+            ended.acquire()
         lasted_s, own_s = time.monotonic() - begin_s, time.process_time() - own_s
         after_s = _read_busy_s()
         stats = service.get_stats()
@@ -104,7 +86,6 @@ def _send(
     parts: EngineParts,
     states: Sequence[RequestState],
     arrivals: Sequence[Arrival],
-    waiter: _Waiter,
 ) -> tuple[dict[str, int], list[int], int]:
     """When each was meant to be sent, how late it was, and how many were turned away."""
     now_ns, sleep = parts.clock.now_ns, time.sleep
@@ -124,14 +105,18 @@ def _send(
             future.result()
         except InvalidRequest:
             rejected += 1
-            waiter.drop()
     return meant_ns, late_ns, rejected
 
 
 def _make_state(
-    service: EngineService, waiter: _Waiter, arrival: Arrival, index: int
+    service: EngineService, ended: threading.Semaphore, arrival: Arrival, index: int
 ) -> RequestState:
-    """A request ready to be sent."""
+    """A request ready to be sent, which releases `ended` on the engine's thread when it ends."""
+
+    def take(deltas: Sequence[OutputDelta], has_ended: bool) -> None:
+        if has_ended:
+            ended.release()
+
     vocab_size = service.parts.scheduler.config.vocab_size
     params = SamplingParams(
         temperature=0.0, max_tokens=arrival.new_tokens, ignore_eos=True, seed=index
@@ -144,7 +129,7 @@ def _make_state(
         ttft_ns=arrival.ttft_ns,
         itl_ns=arrival.itl_ns,
     )
-    return service.make_state(request, params, waiter.take)
+    return service.make_state(request, params, take)
 
 
 def _read_busy_s() -> float | None:
