@@ -15,6 +15,7 @@ from twostroke.errors import InvalidParameter
 from twostroke.plan.runs import LEAST_ARRAY, Values, get_longer, spread_totals, to_time, to_times
 from twostroke.spec.device import DeviceSpec
 from twostroke.spec.model import ModelSpec
+from twostroke.spec.sharded_work import get_ring_bytes
 from twostroke.spec.work import ModelWork, StepTotals, get_model_work, grow_totals
 
 _PRODUCTS_PER_LAYER = 5  # q with k and v, attention, o, gate with up, down
@@ -163,7 +164,8 @@ class RooflineCost:
         self._burst_tokens, self._late_token_ns = 0.0, 0.0
         if n > 1:
             token_bytes = 2 * spec.width  # in 16 bits
-            passed_ns = 2 * layers * 2 * (n - 1) / n * token_bytes * 1e9 / device.link_bandwidth
+            passed = 2 * layers * get_ring_bytes(token_bytes, n)
+            passed_ns = passed * 1e9 / device.link_bandwidth
             self._link_token_ns = passed_ns / over.link_efficiency
             self._fixed_ns += 2 * layers * over.link_ns
             if over.link_burst_bytes:
