@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOSTROKE_CACHE", str(tmp_path))
 
 
-def settle(spec: ModelSpec = SPEC, **wanted: object) -> ResolvedSettings:
-    return resolve_settings(EngineSettings(model="any", **wanted), spec, MACHINE)  # type: ignore[arg-type]
+def settle(spec: ModelSpec = SPEC, **wanted: Any) -> ResolvedSettings:
+    return resolve_settings(EngineSettings(model="any", **wanted), spec, MACHINE)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def found(
         (TINY_SPECS["llama"], {}),
     ],
 )
-def test_every_step_of_the_grid_can_be_run(spec: ModelSpec, wanted: dict[str, object]) -> None:
+def test_every_step_of_the_grid_can_be_run(spec: ModelSpec, wanted: dict[str, Any]) -> None:
     settings = settle(spec, **wanted)
     cells = list(list_cells(spec, settings))
     assert {cell.kind for cell in cells} == {"decode", "prefill", "mixed"}
