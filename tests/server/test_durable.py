@@ -71,6 +71,18 @@ def test_a_changed_byte_ends_the_log_before_its_record(folder: Path) -> None:
         assert used <= place
 
 
+def test_a_record_that_could_not_be_read_back_is_not_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twostroke.server.durable.MAX_RECORD_BYTES", 8)
+    log = DurableLog(folder)
+    log.append(b"x" * 8)
+    with pytest.raises(OSError, match="more than 8 bytes"):
+        log.append(b"x" * 9)
+    log.close()
+    assert reopen(folder) == ([b"x" * 8], 0)
+
+
 def test_two_servers_cannot_share_a_folder(folder: Path) -> None:
     log = DurableLog(folder)
     with pytest.raises(InvalidParameter, match="in use by another server"):

@@ -100,6 +100,10 @@ class DurableLog:
 
     def append(self, payload: bytes) -> None:
         """Write one record. Raises OSError, and may leave a torn record behind then."""
+        if (
+            len(payload) > MAX_RECORD_BYTES
+        ):  # whoever opens the log would take its length for damage
+            raise OSError(errno.EFBIG, f"a record has more than {MAX_RECORD_BYTES} bytes")
         self._write(frame(payload))
         if self._carried is not None:
             self._carried.append(payload)
