@@ -15,7 +15,7 @@ from twostroke.bench.gpu.workloads import (
     list_cells,
     split_cells,
 )
-from twostroke.plan.step_time import Overheads, RooflineCost
+from twostroke.plan.roofline_cost import Overheads, RooflineCost
 from twostroke.spec.device import get_known_device
 from twostroke.spec.work import get_model_work
 

@@ -11,7 +11,7 @@ from gpu_runs import make_predicted_run, make_run
 from twostroke.bench.gpu import fit as fitting
 from twostroke.bench.gpu.fit import Predictor, find_device, fit, list_points, split
 from twostroke.bench.gpu.workloads import MODELS, get_model
-from twostroke.plan.step_time import CAPTURED
+from twostroke.plan.roofline_cost import CAPTURED
 from twostroke.spec.device import get_known_device
 
 H100 = get_known_device("h100-sxm")

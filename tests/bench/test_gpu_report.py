@@ -15,7 +15,7 @@ from twostroke.bench.gpu.report import list_steps, write_report
 from twostroke.bench.gpu.results import Run, list_missing, list_rows, load, save
 from twostroke.bench.gpu.workloads import MODELS, Cell, get_cell_work, get_model
 from twostroke.errors import TwostrokeError
-from twostroke.plan.step_time import CAPTURED
+from twostroke.plan.roofline_cost import CAPTURED
 
 DECODE = Cell("decode", 1, 1, 2048)
 

@@ -28,7 +28,8 @@ from twostroke.cli.machine import Machine
 from twostroke.cli.settings import EngineSettings, ResolvedSettings, resolve_settings
 from twostroke.cli.step_cost import find_step_cost, get_calibration_path, store_fit
 from twostroke.exec.local import LocalExecutor
-from twostroke.plan.step_time import MeasuredCost, RooflineCost
+from twostroke.plan.roofline_cost import RooflineCost
+from twostroke.plan.step_time import MeasuredCost
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import StepTotals

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from twostroke.errors import InvalidParameter
 from twostroke.plan.fit import fit_steps
-from twostroke.plan.step_time import CAPTURED, MeasuredCost, RooflineCost, StepFit
+from twostroke.plan.roofline_cost import CAPTURED, RooflineCost
+from twostroke.plan.step_time import MeasuredCost, StepFit
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.cost import StepCost
 from twostroke.spec.device import get_known_device

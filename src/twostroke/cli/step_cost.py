@@ -14,7 +14,8 @@ from pathlib import Path
 
 from twostroke.cli.settings import ResolvedSettings
 from twostroke.errors import InvalidParameter
-from twostroke.plan.step_time import MeasuredCost, Overheads, RooflineCost, StepFit
+from twostroke.plan.roofline_cost import Overheads, RooflineCost
+from twostroke.plan.step_time import MeasuredCost, StepFit
 from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import ModelWork, get_model_work

@@ -15,11 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import InvalidParameter
-from twostroke.plan.roofline_cost import CAPTURED as CAPTURED
-from twostroke.plan.roofline_cost import EAGER as EAGER
-from twostroke.plan.roofline_cost import OURS as OURS
-from twostroke.plan.roofline_cost import Overheads as Overheads
-from twostroke.plan.roofline_cost import RooflineCost as RooflineCost
 from twostroke.plan.runs import LEAST_ARRAY, Values, spread_totals, to_time, to_times
 from twostroke.spec.work import ModelWork, StepTotals, grow_totals
 

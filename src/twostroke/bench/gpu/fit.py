@@ -17,7 +17,7 @@ import numpy as np
 from twostroke.bench.fit_roofline import Vector, get_loss, search
 from twostroke.bench.gpu.results import Run, list_rows
 from twostroke.bench.gpu.workloads import DECODE, PREFILL, get_model, get_totals
-from twostroke.plan.step_time import CAPTURED, OURS, Overheads, RooflineCost
+from twostroke.plan.roofline_cost import CAPTURED, OURS, Overheads, RooflineCost
 from twostroke.spec.device import DeviceSpec, get_known_device
 from twostroke.spec.work import StepTotals
 
