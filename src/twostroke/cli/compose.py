@@ -18,7 +18,7 @@ from typing import Unpack
 
 from twostroke.cli.loading import LoadingLine
 from twostroke.cli.machine import read_machine
-from twostroke.cli.scheduling import build_scheduling
+from twostroke.cli.scheduling import build_scheduling, read_scheduling
 from twostroke.cli.settings import (
     EngineSettings,
     LLMOptions,
@@ -71,6 +71,7 @@ def build_engine(wanted: EngineSettings, isolated: bool = False) -> BuiltEngine:
         model = undo.enter_context(open_model(resolve(wanted.model)))
         spec = model.spec
         settings = resolve_settings(wanted, spec, read_machine())
+        read_scheduling(wanted, settings)  # a mistake is told before anything is loaded
         # Mapping or packing the weights leaves Python to the tokenizer.
         beside = ThreadPoolExecutor(1, "twostroke-build")
         building = beside.submit(_build, model, settings, isolated)

@@ -9,7 +9,7 @@ choice needs them, because measuring a machine's limits takes a third of a secon
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twostroke.cli.settings import (
     Choice,
@@ -43,30 +43,35 @@ class Scheduling:
     choices: tuple[Choice, ...]
 
 
+def read_scheduling(wanted: EngineSettings, settings: ResolvedSettings) -> tuple[PolicyChoice, int]:
+    """What is chosen, and the target for a first token in nanoseconds, 0 for none.
+
+    Needs no engine, so that a mistake is told before one is built. Raises InvalidParameter for a
+    policy or pace that does not exist, or that needs step times where nobody predicts them.
+    """
+    choice = choose_policy(wanted.policy, wanted.pace, wanted.itl_target_ms)
+    ttft_ns = read_target("ttft_target_ms", wanted.ttft_target_ms)
+    itl_ns = read_target("itl_target_ms", wanted.itl_target_ms)
+    if settings.is_on_gpu and _needs_cost(choice):
+        raise _refuse_prediction(wanted, choice)
+    return replace(choice, itl_ns=itl_ns, drafts=bool(wanted.drafts)), ttft_ns
+
+
 def build_scheduling(
     wanted: EngineSettings, settings: ResolvedSettings, spec: ModelSpec
 ) -> Scheduling:
     """Make the scheduler that `wanted` asks for, over the KV pool of `settings`.
 
-    Raises InvalidParameter for a policy or pace that does not exist, or that needs step times where
-    nobody predicts them, and for a target that cannot be kept.
+    Raises InvalidParameter as `read_scheduling` does, and for a target that cannot be kept.
     """
-    choice = choose_policy(wanted.policy, wanted.pace, wanted.itl_target_ms)
-    ttft_ns = read_target("ttft_target_ms", wanted.ttft_target_ms)
-    itl_ns = read_target("itl_target_ms", wanted.itl_target_ms)
-    drafts = bool(wanted.drafts)
+    choice, ttft_ns = read_scheduling(wanted, settings)
     config = _build_config(settings, spec)
-    needs_cost = choice.pace == "target" or choice.order == "deadline"
     cost = None
-    if settings.is_on_gpu:
-        if needs_cost:
-            raise _refuse_prediction(wanted, choice)
-    elif needs_cost or config.host_blocks:
+    if not settings.is_on_gpu and (_needs_cost(choice) or config.host_blocks):
         from twostroke.cli.step_cost import find_step_cost
 
         cost = find_step_cost(spec, settings)
-        check_target("itl_target_ms", itl_ns, get_least_itl_ns(cost), "one decode alone")
-    choice = PolicyChoice(order=choice.order, pace=choice.pace, itl_ns=itl_ns, drafts=drafts)
+        check_target("itl_target_ms", choice.itl_ns, get_least_itl_ns(cost), "one decode alone")
     policies = _build_policies(choice, settings, cost)
     return Scheduling(
         Scheduler(config, policies), ttft_ns, _explain(wanted, choice, config, settings)
@@ -114,6 +119,10 @@ def name_model(spec: ModelSpec, settings: ResolvedSettings) -> str:
     """What KV depends on beside the tokens: the seed of prefix names."""
     facts = repr((spec, settings.backend, settings.kv_element.value, settings.weights))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _needs_cost(choice: PolicyChoice) -> bool:
+    return choice.pace == "target" or choice.order == "deadline"
 
 
 def _build_config(settings: ResolvedSettings, spec: ModelSpec) -> SchedulerConfig:
