@@ -17,9 +17,10 @@ BODY = {"model": "scripted", "prompt": "a secret"}
 FORMATTERS = [JsonFormatter(), PlainFormatter()]
 
 
-def find_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
-    """The fields of the lines of requests."""
-    return [vars(one)["fields"] for one in caplog.records if one.name == "twostroke.requests"]
+def find_lines(caplog: pytest.LogCaptureFixture, request_id: str) -> list[dict[str, object]]:
+    """The fields of the lines of this request; servers of other tests may still be ending."""
+    lines = [vars(one)["fields"] for one in caplog.records if one.name == "twostroke.requests"]
+    return [line for line in lines if line["request_id"] == request_id]
 
 
 def test_a_request_has_one_line_without_its_text(
@@ -27,9 +28,9 @@ def test_a_request_has_one_line_without_its_text(
 ) -> None:
     with caplog.at_level(logging.INFO, "twostroke.requests"):
         reply = http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine-1"})
-        wait_until(lambda: bool(find_lines(caplog)))
+        wait_until(lambda: bool(find_lines(caplog, "mine-1")))
     assert reply.headers["x-request-id"] == "mine-1"
-    (line,) = find_lines(caplog)
+    (line,) = find_lines(caplog, "mine-1")
     assert (line["request_id"], line["status"], line["path"]) == ("mine-1", 200, "/v1/completions")
     assert (line["prompt_tokens"], line["completion_tokens"]) == (9, 16)
     text = "".join(formatter.format(one) for one in caplog.records for formatter in FORMATTERS)
@@ -41,11 +42,12 @@ def test_a_refusal_is_named_and_quiet_paths_are_quiet(
     server: Running, http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "twostroke.requests"):
-        http.get("/health")
-        http.get("/metrics")
-        http.post("/v1/completions", json={**BODY, "model": "x\x1b[31m"})
-        wait_until(lambda: bool(find_lines(caplog)))
-    (line,) = find_lines(caplog)
+        named = {"x-request-id": "mine-2"}
+        http.get("/health", headers=named)
+        http.get("/metrics", headers=named)
+        http.post("/v1/completions", json={**BODY, "model": "x\x1b[31m"}, headers=named)
+        wait_until(lambda: bool(find_lines(caplog, "mine-2")))
+    (line,) = find_lines(caplog, "mine-2")
     assert (line["status"], line["refusal"]) == (404, "model_not_found")
 
 

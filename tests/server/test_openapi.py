@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from loopback import Running, run_server
+from loopback import Running, run_server, wait_until
 from scripted_llm import ScriptedLLM
 from twostroke.server.app import create_app
 from twostroke.server.keys import Key, hash_key
@@ -130,7 +130,11 @@ HOSTILE = [
     json.dumps({"tokens": [2**32] * 100_000}).encode(),
     json.dumps({"prompt": "a" * 1_000_000}).encode(),
     json.dumps({"messages": [{"role": "user", "content": "a"}] * 10_000}).encode(),
-    *(json.dumps({"model": "scripted", "input": value}).encode() for value in HOSTILE_INPUTS),
+    # Stored, they would be kept for a day, as asked.
+    *(
+        json.dumps({"model": "scripted", "input": value, "store": False}).encode()
+        for value in HOSTILE_INPUTS
+    ),
 ]
 
 
@@ -161,6 +165,7 @@ def test_hostile_bodies_are_refused_and_leave_no_memory_behind(described: Runnin
         sizes = []
         for _ in range(5):
             send_all()
+            wait_until(lambda: not described.engine.live)
+            described.engine.reset()  # it notes all that it is asked
             sizes.append(get_resident_bytes())
         assert min(later - earlier for earlier, later in itertools.pairwise(sizes)) < 2**20
-        assert not described.engine.live
