@@ -135,7 +135,8 @@ def exact_kernel(cut, tensors, pool, sizes, parts, shape):
     if shape.windowed:
         lowest = tl.maximum(past + first + 1 - sizes.window, 0) // BLOCK
     segment = lowest // SEGMENT + tl.program_id(0)
-    end = tl.cdiv((past + last) // BLOCK + 1, SEGMENT)
+    # Of a row without keys past + last is -1, whose quotient is 0 on a device.
+    end = tl.cdiv(tl.cdiv(past + last + 1, BLOCK), SEGMENT)
     segments = end - lowest // SEGMENT
     if tl.program_id(0) >= tl.maximum(segments, 1):
         return
@@ -171,7 +172,7 @@ def look(q, positions, reach, place, memory, shape):
     all_total = tl.zeros([shape.rows, shape.head_pad], tl.float32)
     for number in tl.range(bound(segment), bound(end), num_stages=1):
         begin = tl.maximum(number * SEGMENT, lowest)
-        finish = tl.minimum(number * SEGMENT + SEGMENT, last // BLOCK + 1)
+        finish = tl.minimum(number * SEGMENT + SEGMENT, tl.cdiv(last + 1, BLOCK))
         part = look_at_segment(q, positions, (begin, finish), place, memory, shape)
         whole = fold((all_largest, all_weight, all_total), part)
         all_largest, all_weight, all_total = whole
