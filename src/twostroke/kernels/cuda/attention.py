@@ -29,10 +29,10 @@ __all__ = [
     "get_tile_tokens",
 ]
 
-# Programs a processor that a decode is cut into, if its rows and heads are fewer.
-DECODE_PROGRAMS = 3
+# Programs a processor that a decode is cut into at most, if its rows and heads are fewer.
+DECODE_PROGRAMS = 2
 # Most runs of a row, whose parts one program puts together; fewest blocks worth a run of their own.
-MAX_RUNS = 32
+MAX_RUNS = 16
 LEAST_BLOCKS = 2
 # Blocks a run has at most while there are runs to be had, and at least where rows are cut for it: a
 # row far longer than the others must not keep the rest of the device waiting.
@@ -81,15 +81,15 @@ def choose_decode(work: Work, scratch: AttentionScratch) -> DecodeConfig:
     rows = work.step.decode_rows.shape[0]
     longest = -(-work.step.longest // BLOCK_TOKENS)
     most = max(1, min(scratch.places // rows, longest))
-    runs = -(-DECODE_PROGRAMS * scratch.processors // (rows * work.kv_heads))
+    runs = DECODE_PROGRAMS * scratch.processors // (rows * work.kv_heads)
     runs = max(1, min(runs, MAX_RUNS, -(-longest // LEAST_BLOCKS), most))
     for_long = min(-(-longest // LONG_BLOCKS), most)
     if for_long > runs:
         runs, least = for_long, LONG_LEAST_BLOCKS
     else:
         least = LEAST_BLOCKS
-    stages = 3 if work.head_dim <= 128 else 2
-    return DecodeConfig(runs, least, warps=4, stages=stages)
+    warps, stages = (2, 4) if work.head_dim <= 128 else (4, 2)
+    return DecodeConfig(runs, least, warps, stages)
 
 
 def choose_prefill(work: Work) -> PrefillConfig:
