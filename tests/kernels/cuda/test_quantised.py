@@ -54,10 +54,6 @@ def get_weights(matrix: QuantMatrix) -> Tensor:
 
 def multiply_plainly(x: Tensor, weights: Tensor, fused: Fused) -> Tensor:
     """What a product computes, in the dtype of x."""
-    if fused.norm is not None:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        root = torch.rsqrt((wide * wide).mean(1, keepdim=True) + fused.eps)
-        x = ((wide * root).to(x.dtype) * fused.norm.to(x.dtype)).to(x.dtype)
     y = x @ weights.to(x.dtype).T
     if fused.bias is not None:
         y = y + fused.bias.to(x.dtype)
@@ -200,8 +196,6 @@ def test_what_is_fused_is_computed(tokens: int, gate: str, parts: int, device: s
     matrix = make_matrix((96, 512), (4, 32), device)
     width = 48 if gate else 96
     fused = Fused(
-        norm=torch.randn(512, device=device).to(dtype),
-        eps=1e-5,
         bias=torch.randn(96, device=device).to(dtype),
         gate=gate,
     )
@@ -280,7 +274,7 @@ def test_a_small_workspace_takes_the_tokens_in_turns(device: str) -> None:
     x = make_inputs(37, 256, torch.float16, device)
     work = quantised.make_workspace(torch.device(device))
     config = Config(1, 64, 16, parts=2)
-    small = quantised.Workspace(work.partials[: 2 * 65 * 16], work.counters)
+    small = quantised.Workspace(work.partials[: 2 * 64 * 16], work.counters)
     outs = [poison(37, 64, torch.float16, device) for _ in range(2)]
     fused = Fused(residual=make_inputs(37, 64, torch.float16, device))
     quantised.product(outs[0], x, matrix, fused, work, config)

@@ -38,15 +38,12 @@ from twostroke.kernels.cuda.types import PLAIN, Fused, QuantMatrix, Tensor
 Run = Callable[[Tensor, Tensor, QuantMatrix, Fused], Any]
 PARTS = ("one", "few", "exact", "many")
 DTYPE = torch.float16
-EPS = 1e-5
 PACE = Pace(least=4, most=12, budget_s=0.02)
 GATED = "gate_up"
 
 ONE = {
     32: (
         Config(8, 16, 1),
-        Config(8, 16, 1, prefetch=0),
-        Config(8, 16, 1, prefetch=0, overlap=False),
         Config(4, 32, 2),
         Config(8, 16, 1, warps=2),
         Config(8, 32, 1),
@@ -71,10 +68,10 @@ FEW = {
     ),
 }
 MANY = (
-    Config(1, 128, 128, warps=8, stages=3, scale_weights=True, prefetch=0),
-    Config(1, 128, 128, warps=8, stages=2, scale_weights=True, prefetch=0),
-    Config(1, 64, 128, warps=4, stages=3, scale_weights=True, prefetch=0),
-    Config(1, 128, 64, warps=4, stages=3, scale_weights=True, prefetch=0),
+    Config(1, 128, 128, warps=8, stages=3, scale_weights=True),
+    Config(1, 128, 128, warps=8, stages=2, scale_weights=True),
+    Config(1, 64, 128, warps=4, stages=3, scale_weights=True),
+    Config(1, 128, 64, warps=4, stages=3, scale_weights=True),
 )
 
 
@@ -143,14 +140,12 @@ class Case:
         self.x = sweep.draw(tokens, inputs)
         self.fused = PLAIN
         if name == GATED:
-            self.fused = Fused(norm=sweep.draw(inputs), eps=EPS, gate="silu")
+            self.fused = Fused(gate="silu")
         self.out = sweep.draw(tokens, outputs // 2 if self.fused.gate else outputs)
         self.true = self._multiply_plainly()
 
     def _multiply_plainly(self) -> Tensor:
         matrix, x = self.matrices[0], self.x.float()
-        if self.fused.norm is not None:
-            x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * self.fused.norm.float()
         pieces = []
         for begin in range(0, matrix.outputs, 8192):
             weights = dequantise_rows(matrix, begin, min(begin + 8192, matrix.outputs))
@@ -178,8 +173,7 @@ def describe(config: Config) -> str:
     """A configuration in a few characters."""
     text = f"{config.slices}x{config.rows}x{config.columns} w{config.warps} s{config.stages}"
     text += f" /{config.parts}" if config.parts > 1 else ""
-    text += " W" if config.scale_weights else ""
-    return text + (f" p{config.prefetch}" if config.overlap else " alone")
+    return text + (" W" if config.scale_weights else "")
 
 
 def sweep_configs(

@@ -2,7 +2,8 @@
 
 Pure functions from calls to calls; nothing is reordered but what joins. Always joined: products of
 the same rows with parts of one matrix; norms of heads, rotation and storing; a sum and the norm of
-it. Where rows are few, a product also takes in the norm before it, the gate or the sum behind it.
+it. Where rows are few, a product also takes in the gate or the sum behind it, a dense one the norm
+before it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from twostroke.kernels.cuda.calls import (
     get_reads,
     get_writes,
 )
+from twostroke.kernels.cuda.types import DenseMatrix
 
 
 def join_calls(calls: Sequence[Call], few_rows: bool) -> list[Call]:
@@ -140,13 +142,17 @@ def _take_in_residuals(calls: Sequence[Call]) -> list[Call]:
 
 
 def _take_in_norms(calls: Sequence[Call]) -> list[Call]:
-    """A norm whose result only the product right behind it reads becomes part of that product."""
+    """A norm whose result only a dense product right behind it reads becomes part of it.
+
+    Quantised products spend their time on instructions, and programs would each repeat the norm's.
+    """
     joined: list[Call] = []
     uses = _count_uses(calls)
     for call in calls:
         last = joined[-1] if joined else None
         if (
             isinstance(call, Product)
+            and isinstance(call.matrix, DenseMatrix)
             and isinstance(last, Norm)
             and call.x == last.out
             and uses[last.out] == 1

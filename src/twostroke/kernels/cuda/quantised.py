@@ -52,7 +52,7 @@ class Workspace:
     def count_token_tiles(self, config: Config, outputs: int) -> int:
         """Tiles of tokens that one launch has room for."""
         tiles = triton.cdiv(outputs, config.rows)
-        values = tiles * config.parts * (config.rows + 1) * config.columns
+        values = tiles * config.parts * config.rows * config.columns
         room = min(self.partials.numel() // values, self.counters.numel() // tiles)
         assert room > 0, f"the workspace is too small for {config}"
         return room
@@ -78,8 +78,8 @@ def product(
 
     x (T, inputs) float16 or bfloat16; out (T, outputs), half of that with a gate, in any float.
     Both may be columns of wider tensors. work: without it no two programs share the inputs of a
-    product, which is slower where outputs are few. With a norm, x times its weight must not
-    overflow.
+    product, which is slower where outputs are few. A norm cannot be asked for: each program would
+    weigh the inputs again, which cost more than a launch of its own (docs/log.md).
     """
     config = config or choose_few(x.shape[0], matrix, work is not None)
     _launch(out, x, matrix, fused, work, config)
@@ -181,8 +181,9 @@ def _launch(
     assert x.stride(1) == 1
     assert out.stride(1) == 1
     assert fused.gate in ("", *GATES)
+    assert fused.norm is None
     assert matrix.packed.numel() < 1 << 31, "the kernel counts words in 32 bits"
-    tiles = config.get_tiles(matrix, fused.gate, _is_compiled(), can_overlap(x.device))
+    tiles = config.get_tiles(matrix, fused.gate, _is_compiled())
     memory: tuple[Tensor | None, Tensor | None] = (None, None)
     step = tokens
     if config.parts > 1:
@@ -199,7 +200,6 @@ def _launch(
             memory,
             TILES=tiles,
             num_warps=config.warps,
-            launch_pdl=tiles.overlap,
         )
 
 
@@ -214,7 +214,7 @@ def _get_fused(fused: Fused, part: slice) -> tuple[Any, ...]:
     if residual is not None:
         assert residual.stride(1) == 1
         residual, stride = residual[part], residual.stride(0)
-    return (fused.norm, fused.bias, residual, stride, fused.eps)
+    return (fused.bias, residual, stride)
 
 
 def _is_compiled() -> bool:

@@ -19,13 +19,15 @@ PROGRAMS = 400
 MAX_PARTS = 8
 # Outputs from which there are programs enough for each to read a larger share of the inputs.
 LARGE = 16384
+# Outputs from which programs of two warps keep more loads in flight: vocabularies.
+HUGE = 65536
 # Tokens up to which many rows are multiplied without writing the weights out first.
 FUSED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Tiles of a product (see quantised_kernel.py), its warps, and whether launches may overlap."""
+    """Tiles of a product (see quantised_kernel.py) and its warps."""
 
     slices: int
     rows: int
@@ -34,19 +36,14 @@ class Config:
     warps: int = 4
     stages: int = 4
     scale_weights: bool = False
-    prefetch: int = 4
-    overlap: bool = True
 
     def get_grid(self, tokens: int, outputs: int) -> tuple[int, int, int]:
         """Programs: token tiles, row tiles, parts."""
         return (triton.cdiv(tokens, self.columns), triton.cdiv(outputs, self.rows), self.parts)
 
-    def get_tiles(self, matrix: QuantMatrix, gate: str, asm: bool, can_overlap: bool) -> Tiles:
+    def get_tiles(self, matrix: QuantMatrix, gate: str, asm: bool) -> Tiles:
         """The constants of the kernel."""
         layout, inputs = get_layout(matrix), matrix.inputs
-        overlap = self.overlap and can_overlap
-        # The device asks for whole runs of rows.
-        can_prefetch = overlap and matrix.outputs >= 2 * self.rows
         return Tiles(
             layout=layout,
             gate=gate,
@@ -58,9 +55,7 @@ class Config:
             stages=self.stages,
             # Of groups that end within a piece, sums know nothing.
             scale_weights=self.scale_weights or layout.group < 32,
-            prefetch=self.prefetch if can_prefetch else 0,
             asm=asm,
-            overlap=overlap,
         )
 
 
@@ -73,24 +68,26 @@ def choose_few(tokens: int, matrix: QuantMatrix, is_shared: bool) -> Config:
     """Tiles for 1 to 64 tokens. is_shared: there is a workspace for parts."""
     layout = get_layout(matrix)
     columns = triton.next_power_of_2(tokens)
+    # A stage of a cell of two or four blocks holds as much as two or four stages of one.
+    warps, stages = 4, {1: 4, 2: 3, 4: 2}[layout.unroll]
     # A narrow side of 8 columns costs what one column costs, and of 16 hardly more.
     if tokens == 1:
         slices = 8 if matrix.outputs <= LARGE else 4
         columns = 8 // slices
+        if matrix.outputs >= HUGE:
+            warps, stages = 2, max(2, stages - 1)
     elif tokens <= 8:
         slices = min(4, 16 // columns)
     else:
         slices = 1
     rows = 128 // slices
-    # A stage of a cell of two or four blocks holds as much as two or four stages of one.
-    stages = {1: 4, 2: 3, 4: 2}[layout.unroll]
     parts = count_parts(matrix, slices, rows) if is_shared else 1
-    return Config(slices, rows, columns, parts, stages=stages, scale_weights=tokens > 16)
+    return Config(slices, rows, columns, parts, warps, stages, scale_weights=tokens > 16)
 
 
 def choose_many(tokens: int) -> Config:
     """Tiles for more tokens."""
-    return Config(1, 128, 128, warps=8, stages=2, scale_weights=True, prefetch=0)
+    return Config(1, 128, 128, warps=8, stages=2, scale_weights=True)
 
 
 def choose_exact(matrix: QuantMatrix, is_shared: bool) -> Config:

@@ -39,8 +39,7 @@ class Tiles:
 
     gate: activation of a gated product, or "". even: the inputs fill whole steps. slices, rows,
     columns, parts: see above. stages: tiles in flight. scale_weights: scales multiply weights
-    instead of sums. prefetch: cells of each slice that a program asks for before it waits for the
-    launch before it. asm: not in the interpreter. overlap: see overlap.py.
+    instead of sums. asm: not in the interpreter.
     """
 
     layout: Layout
@@ -52,9 +51,7 @@ class Tiles:
     parts: int
     stages: int
     scale_weights: bool
-    prefetch: int
     asm: bool
-    overlap: bool
 
     @property
     def height(self) -> int:
@@ -77,7 +74,7 @@ def multiply(places, tokens, matrix, fused, work, TILES: tl.constexpr):
     """out = x @ matrix.T with all that Fused asks for; grid (token tiles, row tiles, parts).
 
     places: (out, x, stride of out, stride of x). matrix: (packed, scales, minimums or None,
-    outputs, inputs). fused: (norm, bias, residual, its stride, eps), None for what is not wanted.
+    outputs, inputs). fused: (bias, residual, its stride), None for what is not wanted.
     work: (partials, counters), or (None, None) of one part.
     """
     out, x, out_stride, x_stride = places
@@ -86,21 +83,15 @@ def multiply(places, tokens, matrix, fused, work, TILES: tl.constexpr):
     steps = tl.cdiv(matrix[4], TILES.cell * TILES.slices)
     share = tl.cdiv(steps, TILES.parts)
     span = (part * share, tl.minimum(part * share + share, steps))
-    if TILES.overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-        if TILES.prefetch > 0:
-            prefetch(matrix, tile, span[0], TILES)
-    source = (x + first.to(tl.int64) * x_stride, x_stride, tokens - first, fused[0])
-    total, squares = accumulate(source, matrix, tile, span, TILES)
-    total, squares = fold(total, squares, TILES)
+    source = (x + first.to(tl.int64) * x_stride, x_stride, tokens - first)
+    total = fold(accumulate(source, matrix, tile, span, TILES), TILES)
     target = (out, out_stride, first, tokens, tile)
     if TILES.parts == 1:
-        finish(target, total, squares, matrix, fused, TILES)
+        finish(target, total, matrix, fused, TILES)
     else:
         slot = token_tile * tl.num_programs(1) + tile
-        if put_part(work, slot, total, squares, TILES):
-            total, squares = sum_parts(work, slot, TILES)
-            finish(target, total, squares, matrix, fused, TILES)
+        if put_part(work, slot, total, TILES):
+            finish(target, sum_parts(work, slot, TILES), matrix, fused, TILES)
 
 
 @triton.jit
@@ -123,47 +114,6 @@ def load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def prefetch(matrix, tile, begin, TILES: tl.constexpr):
-    """Ask for what a program reads in its first steps to come to the second cache.
-
-    Weights do not depend on the launches before this one, so this is done before waiting for them.
-    """
-    packed, scales, minimums, outputs, inputs = matrix
-    RUNS: tl.constexpr = 1 if TILES.gate == "" else 2
-    ROWS: tl.constexpr = TILES.rows // RUNS
-    CELLS: tl.constexpr = TILES.prefetch * TILES.slices
-    width = outputs // RUNS
-    last = tl.cdiv(inputs, TILES.cell) - 1
-    row = tl.minimum(tile * ROWS, width - ROWS)
-    BLOCKS: tl.constexpr = CELLS * TILES.layout.unroll
-    at = tl.arange(0, BLOCKS * RUNS)
-    cell = tl.minimum(begin * TILES.slices + at // RUNS // TILES.layout.unroll, last)
-    block = cell * TILES.layout.unroll + at // RUNS % TILES.layout.unroll
-    ask_for(packed + (block * outputs + at % RUNS * width + row) * DEPTH, ROWS * 2 * DEPTH)
-    PAIRS: tl.constexpr = CELLS * TILES.layout.pairs
-    at = tl.arange(0, PAIRS * RUNS)
-    cell = tl.minimum(begin * TILES.slices + at // RUNS // TILES.layout.pairs, last)
-    pair = cell * TILES.layout.pairs + at // RUNS % TILES.layout.pairs
-    ask_for(scales + pair * outputs + at % RUNS * width + row, ROWS * 4)
-    if minimums is not None:
-        ask_for(minimums + pair * outputs + at % RUNS * width + row, ROWS * 4)
-
-
-@triton.jit
-def ask_for(places, BYTES: tl.constexpr):
-    """Ask for the BYTES from each of these places on, a sector of 32 bytes at a time."""
-    sectors = places.to(tl.int64)[:, None] + 32 * tl.arange(0, BYTES // 32)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [sectors],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def get_bound(x, ASM: tl.constexpr):
     """x as the bound of a loop: the interpreter wants a number there and has an array of one."""
     return x if ASM else x.handle.data.item()
@@ -173,8 +123,7 @@ def get_bound(x, ASM: tl.constexpr):
 def accumulate(source, matrix, tile, span, TILES: tl.constexpr):
     """Sums over the inputs of steps span[0] … span[1] - 1: (height, width), float32.
 
-    source: (x, its stride, rows left of it, norm or None). Second: squares of x, (DEPTH, width),
-    summed over the steps; zeros without a norm.
+    source: (x, its stride, rows left of it).
     """
     HEIGHT: tl.constexpr = TILES.height
     WIDTH: tl.constexpr = TILES.width
@@ -190,24 +139,20 @@ def accumulate(source, matrix, tile, span, TILES: tl.constexpr):
     x_at = source[0] + (column // TILES.slices)[None, :] * source[1]
     is_live = (column // TILES.slices < source[2])[None, :]
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
-    squares = tl.zeros([DEPTH, WIDTH], tl.float32)
-    if TILES.overlap:
-        tl.extra.cuda.gdc_wait()
     begin, end = get_bound(span[0], TILES.asm), get_bound(span[1], TILES.asm)
     for _ in tl.range(begin, end, num_stages=TILES.stages):
         weights_at = (words_at, pairs_at, cell * TILES.cell < inputs)
-        inputs_at = (x_at, input_at, is_live, source[3])
-        total, squares = add_cell(total, squares, weights_at, inputs_at, matrix, TILES)
+        total = add_cell(total, weights_at, (x_at, input_at, is_live), matrix, TILES)
         words_at += outputs * (TILES.slices * TILES.layout.unroll * DEPTH)
         pairs_at += outputs * (TILES.slices * TILES.layout.pairs)
         input_at += TILES.slices * TILES.cell
         cell += TILES.slices
-    return total, squares
+    return total
 
 
 @triton.jit
-def add_cell(total, squares, weights_at, inputs_at, matrix, TILES: tl.constexpr):
-    """total and squares with what one cell adds to them, piece by piece."""
+def add_cell(total, weights_at, inputs_at, matrix, TILES: tl.constexpr):
+    """The sums with what one cell adds to them, piece by piece."""
     words_at, pairs_at, inside = weights_at
     packed, scales, minimums, outputs, inputs = matrix
     words = load(words_at, inside[:, None], TILES.even)
@@ -220,9 +165,9 @@ def add_cell(total, squares, weights_at, inputs_at, matrix, TILES: tl.constexpr)
         if piece > 0 and piece * DEPTH % (2 * TILES.layout.group) == 0:
             pairs_at += outputs
             pairs = load_pairs(matrix, pairs_at, inside, TILES.even)
-        right, squares = load_inputs(inputs_at, piece * DEPTH, inputs, squares, TILES)
+        right = load_inputs(inputs_at, piece * DEPTH, inputs, TILES)
         sums = add_piece(sums, (words, pairs), right, piece, TILES)
-    return sums[0], squares
+    return sums[0]
 
 
 @triton.jit
@@ -237,17 +182,11 @@ def load_pairs(matrix, at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_inputs(inputs_at, offset, inputs, squares, TILES: tl.constexpr):
-    """Inputs offset … offset + 31 of each column's cell, weighed by the norm: (DEPTH, width)."""
-    x_at, input_at, is_live, norm = inputs_at
+def load_inputs(inputs_at, offset, inputs, TILES: tl.constexpr):
+    """Inputs offset … offset + 31 of each column's cell: (DEPTH, width)."""
+    x_at, input_at, is_live = inputs_at
     at = input_at + offset
-    inside = at < inputs
-    right = tl.load(x_at + at, mask=is_live if TILES.even else is_live & inside, other=0.0)
-    if norm is not None:
-        weight = load(norm + at, inside, TILES.even)
-        squares += right.to(tl.float32) * right.to(tl.float32)
-        right = (right.to(tl.float32) * weight.to(tl.float32)).to(right.dtype)
-    return right, squares
+    return tl.load(x_at + at, mask=is_live if TILES.even else is_live & (at < inputs), other=0.0)
 
 
 @triton.jit
@@ -286,31 +225,27 @@ def add_piece(sums, left, right, PIECE: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def fold(total, squares, TILES: tl.constexpr):
-    """Sums over the slices: total (rows, columns) and squares (columns,)."""
+def fold(total, TILES: tl.constexpr):
+    """Sums over the slices: (rows, columns)."""
     SLICES: tl.constexpr = TILES.slices
     ROWS: tl.constexpr = TILES.rows
     COLUMNS: tl.constexpr = TILES.columns
-    squares = tl.sum(squares, axis=0)
     if SLICES > 1:
         slice_of_row = (tl.arange(0, SLICES * ROWS) // ROWS)[:, None]
         slice_of_column = (tl.arange(0, COLUMNS * SLICES) % SLICES)[None, :]
         total = tl.where(slice_of_row == slice_of_column, total, 0.0)
         total = tl.reshape(total, (SLICES, ROWS, COLUMNS, SLICES))
         total = tl.sum(tl.sum(total, axis=3), axis=0)
-        squares = tl.sum(tl.reshape(squares, (COLUMNS, SLICES)), axis=1)
-    return total, squares
+    return total
 
 
 @triton.jit
-def put_part(work, slot, total, squares, TILES: tl.constexpr):
+def put_part(work, slot, total, TILES: tl.constexpr):
     """Store a program's sums, and whether all parts of its tile have been stored."""
     partials, counters = work
-    at = partials + (slot * TILES.parts + tl.program_id(2)) * ((TILES.rows + 1) * TILES.columns)
-    column = tl.arange(0, TILES.columns)
-    tl.store(at + column, squares)
-    rows = tl.arange(1, TILES.rows + 1)[:, None] * TILES.columns
-    tl.store(at + rows + column[None, :], total)
+    at = partials + (slot * TILES.parts + tl.program_id(2)) * (TILES.rows * TILES.columns)
+    rows = tl.arange(0, TILES.rows)[:, None] * TILES.columns
+    tl.store(at + rows + tl.arange(0, TILES.columns)[None, :], total)
     tl.debug_barrier()
     return tl.atomic_add(counters + slot, 1, sem="acq_rel") == TILES.parts - 1
 
@@ -323,33 +258,28 @@ def sum_parts(work, slot, TILES: tl.constexpr):
     PARTS: tl.constexpr = TILES.parts
     partials, counters = work
     tl.store(counters + slot, 0)
-    at = partials + slot * (PARTS * (ROWS + 1) * COLUMNS)
-    column = tl.arange(0, COLUMNS)
-    rows = (tl.arange(0, ROWS) + 1)[:, None] * COLUMNS
+    at = partials + slot * (PARTS * ROWS * COLUMNS)
+    at += tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
     for _ in tl.static_range(PARTS):
-        squares += tl.load(at + column, cache_modifier=".cg")
-        total += tl.load(at + rows + column[None, :], cache_modifier=".cg")
-        at += (ROWS + 1) * COLUMNS
-    return total, squares
+        total += tl.load(at, cache_modifier=".cg")
+        at += ROWS * COLUMNS
+    return total
 
 
 @triton.jit
-def finish(target, total, squares, matrix, fused, TILES: tl.constexpr):
-    """Store what the sums become: normed, with a bias, gated, with a residual.
+def finish(target, total, matrix, fused, TILES: tl.constexpr):
+    """Store what the sums become: with a bias, gated, with a residual.
 
     target: (out, its stride, first token, tokens, row tile).
     """
     out, out_stride, first, tokens, tile = target
-    norm, bias, residual, residual_stride, eps = fused
-    outputs, inputs = matrix[3], matrix[4]
+    bias, residual, residual_stride = fused
+    outputs = matrix[3]
     HALF: tl.constexpr = TILES.rows // 2
     COLUMNS: tl.constexpr = TILES.columns
     GATE: tl.constexpr = TILES.gate
     token = first + tl.arange(0, COLUMNS)
-    if norm is not None:
-        total *= tl.rsqrt(squares / inputs + eps)[None, :]
     if bias is not None:
         row = find_rows(tl.arange(0, TILES.rows), tile, outputs, TILES)
         total += tl.load(bias + row).to(tl.float32)[:, None]
