@@ -20,19 +20,15 @@ constexpr int kPanelTiles = 2;
 constexpr int kPanelWidth = kPanelTiles * kLanes;
 
 // Ask for the weights some way on, beyond the reach of the processor's own prefetching, where they
-// stream from memory for few rows: a single row wants them at once, a panel with its next tiles.
-// A row's weights are not used again before the next step, so they are asked for past the caches:
-// what they would push out there, the scheduler's memory above all, is needed between two steps.
+// stream from memory for few rows: a single row wants them soon, a panel with its next tiles. Asked
+// for past the caches they would be read from memory in every step, also where the last-level cache
+// holds a whole model.
+constexpr int kRead = 0, kIntoSecondLevel = 2;
 template <int STRIDE>
-inline void prefetch_row(const uint8_t* block) {
-  constexpr int kRead = 0, kUsedOnce = 0;
+inline void prefetch_weights(const uint8_t* block) {
   for (int line = 0; line < STRIDE; line += 64) {
-    __builtin_prefetch(block + kPrefetchBytes + line, kRead, kUsedOnce);
+    __builtin_prefetch(block + line, kRead, kIntoSecondLevel);
   }
-}
-template <int STRIDE>
-inline void prefetch_panel(const uint8_t* block, size_t ahead) {
-  for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + ahead + line, 0, 2);
 }
 
 template <Format FORMAT>
@@ -76,8 +72,8 @@ inline void add_groups(const uint8_t* block, const int8_t* q, size_t inputs,
   }
 }
 
-// ROWS rows of one tile, their sums in registers: for processors with few registers, and for few
-// rows, which an unpacked block would wait for.
+// ROWS rows of one tile, their sums in registers: for processors with few registers, and where an
+// unpacked block would be waited for.
 template <Format FORMAT, int ROWS>
 inline void sum_rows(const LinearArgs& args, const uint8_t* tile, int row, float* panel) {
   using T = Traits<FORMAT>;
@@ -88,7 +84,7 @@ inline void sum_rows(const LinearArgs& args, const uint8_t* tile, int row, float
   for (size_t b = 0; b < blocks; ++b) {
     const uint8_t* unit = get_unit<FORMAT>(tile, b);
     const uint8_t* block = get_block<FORMAT>(unit, b);
-    if constexpr (ROWS <= 2) prefetch_row<T::STRIDE>(block);
+    if constexpr (ROWS <= 2) prefetch_weights<T::STRIDE>(block + kPrefetchBytes);
     const Scales scales = load_scales<FORMAT>(unit, block);
     const int8_t* q = x.q + row * inputs + b * kBlock;
     Dot<T::BITS> dots[ROWS][T::HALVES];
@@ -168,7 +164,7 @@ inline void sum_unpacked(const LinearArgs& args, int tile_index, int first, int 
     for (int t = 0; t < TILES; ++t) {
       const uint8_t* unit = get_unit<FORMAT>(tile + t * tile_bytes, b);
       const uint8_t* block = get_block<FORMAT>(unit, b);
-      if (streams) prefetch_panel<T::STRIDE>(block, TILES * tile_bytes);
+      if (streams) prefetch_weights<T::STRIDE>(block + TILES * tile_bytes);
       scales[t] = load_scales<FORMAT>(unit, block);
       load_groups<FORMAT, 0>(block, weights[t][0], weights[t][4]);
       load_groups<FORMAT, 1>(block, weights[t][1], weights[t][5]);
@@ -241,7 +237,8 @@ inline void sum_panel(const LinearArgs& args, int tile_index, int tiles, int fir
                       float* panel) {
   if constexpr (kUnpackTiles > 0 && !is_float(FORMAT)) {
     constexpr int TOGETHER = Traits<FORMAT>::HALVES == 1 ? kUnpackTiles : 1;
-    if (args.rows >= 4) {
+    // A single tile of few rows would wait for its block to be unpacked.
+    if (TOGETHER > 1 || args.rows >= 4) {
       int t = 0;
       for (; t + TOGETHER <= tiles; t += TOGETHER) {
         sum_unpacked<FORMAT, TOGETHER>(args, tile_index + t, first, rows, panel + t * kLanes);
