@@ -47,8 +47,8 @@ from twostroke.spec.work import StepTotals, add_totals
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUDGET_S = 16.0
-_LEAST_ROUNDS = 4
+BUDGET_S = 12.0
+_LEAST_ROUNDS = 3
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
 _POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut to what fits
@@ -188,7 +188,7 @@ def run_calibrate(model: str, on: MachineOptions) -> None:
 
 
 def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -> Calibration:
-    """Measures the grid for about `budget_s` seconds, four rounds at least, then the engine.
+    """Measures the grid for about `budget_s` seconds, three rounds at least, then the engine.
 
     Writes to every block of the executor's pool, and closes the executor.
     """
