@@ -9,6 +9,7 @@ import pytest
 from scheduler_fuzz import FakeAccounts
 from scheduler_model import Driver, RandomDrafter, build_request
 from twostroke.core.policy import Load, Policies
+from twostroke.core.roster import CALM_ENDS
 from twostroke.core.types import Idle, Preempted, SchedulerConfig, StepOutcome, StepPlan
 from twostroke.errors import InvalidParameter
 
@@ -75,6 +76,27 @@ def test_the_watermark_halves_preemptions() -> None:
         return driver.scheduler.memory.num_preemptions
 
     assert count(8) * 2 < count(0)
+
+
+def test_the_watermark_rises_with_preemptions_and_falls_again() -> None:
+    small = replace(CONFIG, num_blocks=40, context_tokens=400, watermark_blocks=1)
+    driver = Driver(small)
+    for number in range(40):
+        driver.submit(build_request(f"r{number}", 12, 30))
+    roster = driver.scheduler._roster
+    seen, before = [], 0
+    while driver.get_live():
+        driver.plan()
+        driver.commit()
+        preemptions, watermark = driver.scheduler.memory.num_preemptions, roster._watermark
+        seen.append(watermark // CALM_ENDS)
+        assert preemptions == before or watermark > CALM_ENDS
+        before = preemptions
+    assert 1 < max(seen) <= 10  # a quarter of the pool
+    for number in range(10 * CALM_ENDS):
+        driver.submit(build_request(f"calm{number}", 2, 1))
+    driver.drain()
+    assert roster._watermark == CALM_ENDS  # one block again
 
 
 def test_a_prompt_above_the_watermark_still_runs_alone() -> None:

@@ -29,6 +29,9 @@ from twostroke.kv.memory import KeptKV, KVMemory
 
 _get_key = attrgetter("key")
 
+# Sequences that end for each block that the watermark falls.
+CALM_ENDS = 8
+
 
 class WaitingQueue:
     """Sequences without blocks, first in policy order at the head.
@@ -96,7 +99,8 @@ class Roster:
         fates = ("submitted", "finished", "rejected", "cancelled", "failed", "released")
         self.fates = dict.fromkeys(fates, 0)
         self._most_tokens = min(config.context_tokens, blocks * size + 1)
-        self._watermark_blocks = config.watermark_blocks
+        self._watermark = self._least_watermark = CALM_ENDS * config.watermark_blocks
+        self._most_watermark = max(self._watermark, CALM_ENDS * config.num_blocks // 4)
         self._policies = policies
 
     def enter(self, request: Request, now: int) -> None:
@@ -188,6 +192,7 @@ class Roster:
         if can_swap and self._policies.prefers_swap(computed, len(sequence.table)):
             moves = sequence.kept.move_out(sequence.table, computed)
         self.memory.num_preemptions += 1
+        self._watermark = min(2 * self._watermark, self._most_watermark)
         self.memory.num_swaps += bool(moves)
         self.return_to_line(sequence)
         return moves
@@ -245,6 +250,7 @@ class Roster:
         """End a live sequence, and its request with the last of them."""
         group = sequence.group
         self._stop(sequence)
+        self._watermark = max(self._watermark - 1, self._least_watermark)
         if not group.live:
             del self.groups[group.request.id]
             self.fates[type(ending).__name__.lower()] += 1
@@ -269,9 +275,10 @@ class Roster:
     def measure_slack(self) -> int:
         """Free blocks beyond the watermark, if any run, their known tokens and one spare each.
 
-        Continuations yet to be forked count as running.
+        The watermark doubles with a preemption, up to a quarter of the pool, and falls by a block
+        with CALM_ENDS ends. Continuations yet to be forked count as running.
         """
-        slack = self.allocator.num_free - (self._watermark_blocks if self.running else 0)
+        slack = self.allocator.num_free - (self._watermark // CALM_ENDS if self.running else 0)
         for sequence in self.running:
             missing = self.memory.get_num_blocks(len(sequence.tokens)) - len(sequence.table)
             slack -= max(0, missing) + 1 + sequence.group.unborn
