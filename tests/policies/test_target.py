@@ -10,6 +10,7 @@ from policy_loads import make_load, make_outcome, make_plan
 from step_costs import LinearStepCost
 from twostroke.errors import InvalidParameter
 from twostroke.policies.target import (
+    LEAST_TOKENS,
     MAX_PREDICTIONS,
     ONE,
     Correction,
@@ -93,17 +94,17 @@ def test_the_tightest_target_of_a_decode_holds() -> None:
     assert make_pace().open_step(tight, 0).get_tokens(0, 999) == 80
 
 
-def test_a_prompt_gets_a_block_a_step_even_when_no_step_keeps_the_target() -> None:
+def test_a_prompt_gets_a_few_tokens_a_step_even_when_no_step_keeps_the_target() -> None:
     room = make_pace(itl_ns=1_200).open_step(make_load(decodes=range(10)), 0)
-    assert room.get_tokens(0, 999) == 16
-    room.add(0, 16)
+    assert room.get_tokens(0, 999) == LEAST_TOKENS
+    room.add(0, LEAST_TOKENS)
     assert room.get_tokens(0, 999) == 0
 
 
-def test_drafts_do_not_take_a_prompts_block_away() -> None:
+def test_drafts_do_not_take_a_prompts_few_tokens_away() -> None:
     room = make_pace(itl_ns=1_200).open_step(make_load(decodes=range(10)), 0)
     room.add(3, 9)
-    assert room.get_tokens(0, 999) == 16
+    assert room.get_tokens(0, 999) == LEAST_TOKENS
 
 
 def test_a_step_that_is_full_stays_full() -> None:

@@ -22,6 +22,7 @@ from twostroke.spec.cost import StepCost
 from twostroke.spec.work import StepTotals, add_totals
 
 BLOCK_TOKENS = 16
+LEAST_TOKENS = 4
 # Enough for the accuracy that `find_most_tokens` promises, from one block to 16,384 tokens.
 MAX_PREDICTIONS = 11
 ONE = 1 << 16  # a ratio of 1
@@ -35,8 +36,9 @@ class TargetPace:
     """The most prompt tokens for which a step's predicted time keeps every decode's ITL target.
 
     itl_ns: target of requests that name none; 0 for none. step_tokens: most tokens of a step.
-    Without a decode to keep waiting, or with no target, a step takes all it can. At least one block
-    of the first prompt in line goes into every step, or a target no step can keep would starve it.
+    Without a decode to keep waiting, or with no target, a step takes all it can. Where a block of
+    the first prompt in line is too much, LEAST_TOKENS of it go into every step, or a target no step
+    can keep would starve it.
 
     A prediction is corrected by the median of measured to predicted time over the last steps that
     had decodes and a prompt; until there are three, over other steps. On top comes a margin of four
@@ -209,7 +211,7 @@ class TargetRoom:
             return cost.predict_ns(add_totals(totals, cost.get_row_totals(tokens, start, 1)))
 
         found = find_most_tokens(predict, most, self._limit_ns)
-        return found if found or self._placed else min(BLOCK_TOKENS, most)
+        return found if found or self._placed else min(LEAST_TOKENS, most)
 
 
 class Correction:
