@@ -141,8 +141,15 @@ def measure_long_prompt(setup: Setup) -> Report:
 
 
 def measure_oversubscription(setup: Setup) -> Report:
-    """A pool that holds a tenth of what all requests hold in the end."""
-    load = setup.make_load(80, 0.25)
+    """A pool that holds a tenth of what all requests hold in the end.
+
+    Answers are as long as recorded prompts and prompts as recorded answers: it is answers that grow
+    beyond the pool.
+    """
+    load = [
+        Arrival(0.0, setup.make_prompt(index, max(16, new // 6)), max(1, prompt // 6))
+        for index, (prompt, new) in enumerate(setup.lengths[:64])
+    ]
     needed = sum(-(-(len(one.prompt) + one.new_tokens) // BLOCK_TOKENS) for one in load)
     blocks = max(needed // 10, max(len(one.prompt) for one in load) // BLOCK_TOKENS + 40)
     tight = replace(CONTINUOUS, name="no watermark", num_blocks=blocks)

@@ -10,6 +10,7 @@ every step; judging it is the caller's affair.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -285,10 +286,11 @@ def _play(service: EngineService, load: Sequence[Arrival]) -> tuple[list[Request
         request = service.make_request(own, f"variant-{index}", load[index].prompt)
         prepared[index] = (service.make_state(request, own, following.take), following)
     begin_s = time.monotonic()
-    for index in order:
-        if (left_s := begin_s + load[index].at_s - time.monotonic()) > 0:
+    # Those of one moment are handed over together: each hand-over waits for the step in progress.
+    for at_s, those in itertools.groupby(order, lambda index: load[index].at_s):
+        if (left_s := begin_s + at_s - time.monotonic()) > 0:
             time.sleep(left_s)
-        service.submit([prepared[index][0]]).result()
+        service.submit([prepared[index][0] for index in those]).result()
     for _ in load:
         if not ended.acquire(timeout=_LONGEST_S):
             raise EngineError("a load under measurement did not end")
