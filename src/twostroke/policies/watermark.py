@@ -2,7 +2,8 @@
 
 Owns one formula and its reason. Admission already leaves one spare block to every sequence that
 runs (core/roster.py: measure_slack); the watermark is for what they need beyond that until some of
-them end. It never keeps anybody out for good: with nothing running there is no watermark.
+them end. It never keeps anybody out for good: with nothing running there is no watermark. This is
+the least; preemptions raise it for a while (core/roster.py).
 """
 
 from __future__ import annotations

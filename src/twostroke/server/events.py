@@ -212,6 +212,9 @@ class ChunkFrame:
         return f"{self._start}],{dump(fields)[1:]}\n\n"
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dump(value: Any) -> str:
     """Compact JSON text; a value JSON has no word for is our bug and raises ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
