@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from twostroke.cli.advise import format_advice, read_snapshot
+from twostroke.cli.advise import format_advice, format_beside, read_plan, read_snapshot
 from twostroke.cli.fetch import fetch_text
 from twostroke.errors import InvalidParameter
 from twostroke.plan.advice import Snapshot, advise
+from twostroke.plan.beside import Comparison
 
 PAGE = """# TYPE twostroke_steps counter
 twostroke_steps_total 200.0
@@ -57,3 +60,25 @@ def test_an_address_that_is_none_is_refused_by_name() -> None:
     for url in ("ftp://x", "127.0.0.1:1", "http://127.0.0.1:1"):
         with pytest.raises(InvalidParameter, match="url"):
             fetch_text(url, "/metrics")
+
+
+def test_a_plan_is_the_last_line_of_what_was_printed(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for text in ("", "no plan\n", '{"demand": {}}\n', "[]"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InvalidParameter, match="plan"):
+            read_plan(path)
+    with pytest.raises(InvalidParameter, match="cannot read"):
+        read_plan(tmp_path / "none")
+    pool = '{"replicas": 1, "rows": 2}'
+    best = f'{{"pools": [{pool}], "tpot_mean_s": 0.1, "growth": 2, "breaks_first": "rows"}}'
+    demand = '{"rate": 1, "prompt_tokens": 2, "new_tokens": 3}'
+    path.write_text(f'a table\n{{"demand": {demand}, "plans": [{best}]}}\n', encoding="utf-8")
+    assert read_plan(path).most_rate == 2.0
+
+
+def test_beside_a_plan_it_says_what_was_seen_or_that_nothing_was() -> None:
+    assert "no request has ended" in format_beside([], [])
+    found = [Comparison("time a token", 20.0, 30.0, " ms")]
+    assert "planned 20 ms, seen 30 ms (+50%)" in format_beside(found, [])
+    assert format_beside(found, ["slow"]).endswith("slow")

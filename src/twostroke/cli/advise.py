@@ -1,7 +1,7 @@
 """`twostroke advise`: which change would help a running server most, from its `/metrics`.
 
-Reads the page, picks the counters by name, and asks plan/advice.py; it judges nothing itself. The
-counters are those since the server started.
+Reads the page, picks the counters by name, and asks plan/advice.py, and plan/beside.py where it is
+given a plan; it judges nothing itself. The counters are those since the server started.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from twostroke.cli.fetch import fetch_text
 from twostroke.cli.insight_options import AdviseOptions
 from twostroke.errors import InvalidParameter
 from twostroke.plan.advice import LEAST_GAIN, LEAST_STEPS, Advice, Snapshot, advise
+from twostroke.plan.beside import Comparison, Expected, compare, conclude, read_expected
 
 _PREFIX = "twostroke_"
 
@@ -24,10 +26,28 @@ def run_advise(options: AdviseOptions) -> None:
     """Read, judge, print. Raises InvalidParameter where no such server answers."""
     snapshot = read_snapshot(fetch_text(options.url, "/metrics", options.api_key))
     found = advise(snapshot)
+    expected = None if options.plan is None else read_plan(Path(options.plan))
+    beside = [] if expected is None else compare(snapshot, expected)
+    concluded = [] if expected is None else list(conclude(beside, expected))
     if options.json:
-        print(json.dumps({"snapshot": asdict(snapshot), "advice": [asdict(one) for one in found]}))
-    else:
-        print(format_advice(snapshot, found))
+        told = {"snapshot": asdict(snapshot), "advice": [asdict(one) for one in found]}
+        plan = {"compared": [asdict(one) for one in beside], "concluded": concluded}
+        print(json.dumps(told if expected is None else {**told, "plan": plan}))
+        return
+    print(format_advice(snapshot, found))
+    if expected is not None:
+        print(format_beside(beside, concluded))
+
+
+def read_plan(path: Path) -> Expected:
+    """What a file with the output of `twostroke plan --json` expects. Raises InvalidParameter."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return read_expected(json.loads(lines[-1]))
+    except OSError as error:
+        raise InvalidParameter("plan", f"cannot read {path}: {error.strerror}") from None
+    except (IndexError, UnicodeDecodeError, json.JSONDecodeError):
+        raise InvalidParameter("plan", f"{path} does not end with a JSON object") from None
 
 
 def read_snapshot(text: str) -> Snapshot:
@@ -98,3 +118,14 @@ def format_advice(snapshot: Snapshot, found: Sequence[Advice]) -> str:
         lines.append(f"{place}. {one.change}")
         lines.append(f"   at most {one.gain:.0%} of the {one.target}: {one.evidence}")
     return "\n".join(lines)
+
+
+def format_beside(found: Sequence[Comparison], concluded: Sequence[str]) -> str:
+    """Planned and seen in lines, then what follows."""
+    if not found:
+        return "Beside its plan: no request has ended yet."
+    lines = ["beside its plan, in the mean since it started:"]
+    for one in found:
+        pair = f"planned {one.planned:.4g}{one.unit}, seen {one.seen:.4g}{one.unit}"
+        lines.append(f"   {one.what}: {pair} ({one.excess:+.0%})")
+    return "\n".join([*lines, *(concluded or ["as planned, or better"])])

@@ -80,6 +80,12 @@ class AdviseOptions:
         default="http://127.0.0.1:8000", metadata=show("The server's address.", metavar="URL")
     )
     api_key: str | None = field(default=None, metadata=CLIENT_KEY)
+    plan: str | None = field(
+        default=None,
+        metadata=show(
+            "Compare with the plan it was set up by: what `plan --json` printed.", metavar="FILE"
+        ),
+    )
     json: bool = field(
         default=False, metadata=show("Print one JSON object instead of text.", "--json")
     )
