@@ -117,7 +117,7 @@ def test_a_calibration_measures_fits_and_tells(
     found: tuple[Calibration, ModelSpec, ResolvedSettings],
 ) -> None:
     calibration, _, _ = found
-    assert {len(each.rounds_ns) for each in calibration.measured} == {4}
+    assert {len(each.rounds_ns) for each in calibration.measured} == {3}
     assert all(min(each.get_times_ns(0, 1)) > 0 for each in calibration.measured)
     assert calibration.cost.fit.copy_byte_ns > 0
     assert build_table(calibration, calibration.cost).row_count == len(calibration.measured)
