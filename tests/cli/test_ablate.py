@@ -63,7 +63,7 @@ def test_attention_with_scores_is_the_tiled_one_but_for_rounding(family: str) ->
 def test_variants_change_times_and_no_token() -> None:
     draw_token = random.Random(1)
     shared = tuple(draw_token.randrange(300, 40_000) for _ in range(64))
-    load = [Arrival(0.0, (*shared, 300 + row), 5) for row in range(4)]
+    load = [Arrival(0.0, (*shared, 300 + row), 24) for row in range(4)]
     variants = (
         Variant(name="plain"),
         Variant(name="chunked", step_tokens=16),
