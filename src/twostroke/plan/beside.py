@@ -15,7 +15,7 @@ from twostroke.plan.advice import Snapshot
 
 # A mean load this much off the planned one is another load.
 OTHER_LOAD = 0.25
-# What plans of a calibrated machine promise (docs/plan.md).
+# Less than this off a plan says nothing: calibrations are of a machine that changes by as much.
 TOLERANCE = 0.15
 
 

@@ -115,7 +115,8 @@ Matrix = DenseMatrix | QuantMatrix
 class Fused:
     """What a product of few rows does besides multiplying, in the same launch.
 
-    norm (inputs,): x is first normed by its root mean square and multiplied by this, with `eps`.
+    norm (inputs,): x is first normed by its root mean square and multiplied by this, with `eps`;
+    dense products only.
     bias (outputs,): added. gate: "silu" or "gelu_tanh": the matrix is the gate's rows on top of
     up's, and the result activation(gate) * up, half as wide. residual (T, width of the result):
     added last; it may be the output itself.
