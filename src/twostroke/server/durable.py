@@ -100,9 +100,8 @@ class DurableLog:
 
     def append(self, payload: bytes) -> None:
         """Write one record. Raises OSError, and may leave a torn record behind then."""
-        if (
-            len(payload) > MAX_RECORD_BYTES
-        ):  # whoever opens the log would take its length for damage
+        # Whoever opens the log would take the length of a longer one for damage.
+        if len(payload) > MAX_RECORD_BYTES:
             raise OSError(errno.EFBIG, f"a record has more than {MAX_RECORD_BYTES} bytes")
         self._write(frame(payload))
         if self._carried is not None:
