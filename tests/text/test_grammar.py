@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,6 +146,9 @@ class FakeChecker:
         self.seen.append(text)
         return Checked(grammar=grammar_check.write_library_grammar(text))
 
+    def begin(self) -> None:
+        """There is nothing to begin."""
+
     def close(self) -> None:
         """There is nothing to end."""
 
@@ -178,6 +183,24 @@ def test_closing_ends_the_process_that_compiles(compiler) -> None:
     process = own._checker._process
     own.close()
     assert process.poll() is not None
+
+
+def test_the_first_grammar_finds_its_process_begun() -> None:
+    own = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
+    own.prepare()
+    process = own._checker._process
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) >= grammar_check.NICENESS
+    own.compile("regex:a")
+    assert own._checker._process is process
+    own.close()
+    assert process.poll() is not None
+
+
+def test_without_a_token_that_ends_a_text_nothing_is_prepared() -> None:
+    endless = SimpleNamespace(stop_ids=frozenset())
+    compiler = GrammarCompiler(endless, FakeChecker())
+    compiler.prepare()
+    assert compiler._library is None
 
 
 def ask_impostor(script: str) -> Checked:

@@ -316,6 +316,10 @@ class AsyncLLM:
             raise
         return RequestStream(service, state, channel)
 
+    def prepare_grammars(self) -> None:
+        """Begin what the first structured output would hold up other streams for; never waits."""
+        self._service.prepare_grammars()
+
     def render_chat(
         self,
         messages: Sequence[Message],

@@ -54,6 +54,10 @@ class Constraints:
         future.add_done_callback(self._waiting.discard)
         return future
 
+    def prepare(self) -> Future[None]:
+        """Begin what the first grammar would have to wait for; nobody needs to wait for it."""
+        return self._thread.submit(self._compiler.prepare)
+
     def close(self) -> None:
         """End the compiler; what still waits for it is cancelled."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ only a function to call.
 
 from __future__ import annotations
 
+import logging
 import numbers
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ from twostroke.text.chat import ChatTemplate
 from twostroke.text.grammar import Grammar, GrammarCompiler
 from twostroke.text.tokenizer import Tokenizer
 from twostroke.text.tools import speaks_of_tools, tell_tools
+
+_log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_PRIORITY = 2**31
@@ -297,13 +300,21 @@ class EngineService:
         )
         return RequestState(request, rules, sink)
 
+    def prepare_grammars(self) -> None:
+        """Begin what the first grammar would hold up other requests for, where there can be any."""
+        if self._has_grammars():
+            self._constraints.prepare().add_done_callback(_log_fault)
+
+    def _has_grammars(self) -> bool:
+        return self._loop.describe_executor().device == "cpu"
+
     def compile_grammar(self, text: str) -> Future[Grammar]:
         """What `make_state` would wait for, up to seconds, where a request has this grammar.
 
         Raises InvalidParameter, at once or from the future; Overloaded.
         """
-        device = self._loop.describe_executor().device
-        if device != "cpu":
+        if not self._has_grammars():
+            device = self._loop.describe_executor().device
             raise InvalidParameter(
                 "structured_outputs", f"need the model on a CPU; this one runs on {device}"
             )
@@ -375,6 +386,13 @@ def _count_work(parts: EngineParts) -> ModelWork:
     work, info = get_model_work(parts.spec), parts.executor.describe()
     positions = info.num_blocks * info.block_tokens * parts.spec.num_layers
     return replace(work, kv_layer_bytes=info.kv_bytes // positions)
+
+
+def _log_fault(prepared: Future[None]) -> None:
+    """What stood in the way will be told to whoever asks for a grammar; here it is only noted."""
+    fault = None if prepared.cancelled() else prepared.exception()
+    if fault is not None:
+        _log.warning("grammars could not be prepared: %s", fault)
 
 
 def cancel_submitted(service: EngineService, future: Submitted) -> None:

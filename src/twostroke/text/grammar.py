@@ -197,6 +197,10 @@ class Checker(Protocol):
         """The library's grammar, or its fault."""
         ...
 
+    def begin(self) -> None:
+        """Do now what the first text would have to wait for."""
+        ...
+
     def close(self) -> None:
         """End what it has begun; any thread may call it."""
         ...
@@ -205,8 +209,8 @@ class Checker(Protocol):
 class GrammarCompiler:
     """Compiles canonical texts for one tokenizer, and keeps those used last.
 
-    `get` may be called from any thread. `compile` takes up to seconds and must not be called on a
-    thread that serves; calls wait for each other.
+    `get` may be called from any thread. `prepare` and `compile` take up to seconds and must not be
+    called on a thread that serves; calls wait for each other.
     """
 
     def __init__(self, tokenizer: Tokenizer, checker: Checker | None = None) -> None:
@@ -227,6 +231,14 @@ class GrammarCompiler:
         if isinstance(found, str):
             raise InvalidParameter(PARAMETER, found)
         return found
+
+    def prepare(self) -> None:
+        """Do what the first grammar would have to wait for, where the model can have grammars."""
+        if self._tokenizer.stop_ids:
+            with self._compiling:
+                self._open_library()
+                assert self._checker is not None
+                self._checker.begin()
 
     def compile(self, text: str) -> Grammar:
         """The compiled grammar. Raises InvalidParameter, InvalidRequest."""

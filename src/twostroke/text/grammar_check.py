@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,25 +76,20 @@ class GrammarChecker:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
+    def begin(self) -> None:
+        """Begin the process, unless it runs, so that the first text need not wait for it."""
+        self._get_process()
+
     def check(self, text: str) -> Checked:
         """Whether a canonical text (see grammar.py) can be used; takes up to CHECK_SECONDS.
 
         A process that neither answers nor ends is killed after ANSWER_SECONDS.
         """
-        process = self._process
-        messages = [json.dumps(text)]
-        if process is None or process.poll() is not None:
-            process = self._start()
-            messages.insert(0, _write_vocabulary(self._vocabulary))
-        overdue = threading.Timer(ANSWER_SECONDS, process.kill)
-        overdue.daemon = True
-        overdue.start()
-        try:
-            answer = _ask(process, messages)
+        process = self._get_process()
+        with _bounded(process):
+            answer = _ask(process, text)
             if not answer:
                 return _describe_end(process.wait())
-        finally:
-            overdue.cancel()
         checked = _read_answer(answer)
         if checked is None:
             process.kill()
@@ -108,29 +103,57 @@ class GrammarChecker:
         if process is not None:
             _end(process)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is not None:
-            _end(self._process)
-        self._process = subprocess.Popen(
+    def _get_process(self) -> subprocess.Popen[bytes]:
+        """The process, which knows the vocabulary or will never answer; a new one if it ended."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            return process
+        if process is not None:
+            _end(process)
+        process = self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        return self._process
+        # At once: beginning takes it longer than most texts do.
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        with _bounded(process), _ending_well():
+            _send(process, _write_vocabulary(self._vocabulary))
+        return process
 
 
-def _ask(process: subprocess.Popen[bytes], messages: Iterable[str]) -> bytes:
-    """The line that a process answers with; nothing where it, or its pipes, came to an end."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+@contextlib.contextmanager
+def _bounded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the process where this takes longer than ANSWER_SECONDS."""
+    overdue = threading.Timer(ANSWER_SECONDS, process.kill)
+    overdue.daemon = True
+    overdue.start()
     try:
-        for message in messages:
-            process.stdin.write(message.encode() + b"\n")
-        process.stdin.flush()
+        yield
+    finally:
+        overdue.cancel()
+
+
+def _ending_well() -> contextlib.suppress:
+    """Around what a process may end in the midst of; whoever waits for its answer gets none."""
+    return contextlib.suppress(OSError, ValueError)  # ValueError: another thread closed the pipes
+
+
+def _send(process: subprocess.Popen[bytes], message: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(message.encode() + b"\n")
+    process.stdin.flush()
+
+
+def _ask(process: subprocess.Popen[bytes], text: str) -> bytes:
+    """The line that a process answers with; nothing where it, or its pipes, came to an end."""
+    assert process.stdout is not None
+    with _ending_well():
+        _send(process, json.dumps(text))
         return process.stdout.readline(MAX_ANSWER_BYTES)
-    except (OSError, ValueError):  # ValueError: another thread closed them
-        return b""
+    return b""
 
 
 def _read_answer(line: bytes) -> Checked | None:
@@ -182,7 +205,6 @@ def main() -> None:
     """Answer texts until the input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     lines = sys.stdin.buffer
