@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from tiny_models import TINY_SPECS
 from twostroke.core.types import Ending, Failed, Finished, TokenLogprob
 from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineMetrics, EngineStats, Gauges
-from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.engine.outputs import OutputDelta, RequestTimings, join_deltas
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import NOBODY, EngineLoad, Sender
 from twostroke.errors import (
@@ -36,6 +38,7 @@ CONTEXT_TOKENS = 512
 BOS = 0
 REPLY = "Grüße, sea! 🌊"
 _POLL_S = 0.002
+get_index = attrgetter("index")
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,36 @@ class ScriptedStream:
         self._engine = engine
         self._deltas = deltas
         self._started = self._ended = False
+        self._ready: list[OutputDelta] = []
+        self._playing: asyncio.Future[None] | None = None
+        self.has_ended = False
         self.request_id = request_id
         self.prompt_tokens: tuple[int, ...] = ()
         self.timings = replace(engine.timings, cached_tokens=engine.cached_tokens)
 
-    def __aiter__(self) -> ScriptedStream:
-        return self
+    def follow(self, listener: Callable[[int], None]) -> None:
+        self._playing = asyncio.ensure_future(self._play(listener))
 
-    async def __anext__(self) -> OutputDelta:
+    async def _play(self, listener: Callable[[int], None]) -> None:
+        while (delta := await self._next()) is not None:
+            self._ready.append(delta)
+            listener(len(delta.tokens))
+        self.has_ended = True
+        listener(0)
+
+    def take_ready(self) -> list[OutputDelta]:
+        if self._engine.breakdown is not None:
+            raise self._engine.breakdown
+        ready, self._ready = self._ready, []
+        ready.sort(key=get_index)
+        return [join_deltas(list(own)) for _, own in groupby(ready, get_index)]
+
+    def leave(self) -> None:
+        self.cancel()
+        if self._playing is not None:
+            self._playing.cancel()
+
+    async def _next(self) -> OutputDelta | None:
         gate = self._engine.step_gate if self._started else self._engine.gate
         while not gate.is_set() and self.request_id in self._engine.live:
             await asyncio.sleep(_POLL_S)
@@ -102,13 +127,13 @@ class ScriptedStream:
             if self._engine.closed_times and not self._ended:
                 self._ended = True
                 return OutputDelta(0, "", (), ending=Failed("the engine was closed"))
-            raise StopAsyncIteration
+            return None
         if self._engine.breakdown is not None:
-            raise self._engine.breakdown
+            return None
         delta = next(self._deltas, None)
         if delta is None:
             self.cancel()
-            raise StopAsyncIteration
+            return None
         return delta
 
     seed = 0

@@ -13,7 +13,7 @@ from twostroke.core.types import Finished, TokenLogprob
 from twostroke.engine.outputs import OutputDelta
 from twostroke.errors import InvalidParameter
 from twostroke.server.durable import MAGIC, DurableLog, frame, read_records
-from twostroke.server.durable_records import read_item, read_record, to_item, write_record
+from twostroke.server.durable_records import read_item, read_record, write_item, write_output
 
 PAYLOADS = [b"one", b"", b"three" * 50, bytes(range(256))]
 
@@ -157,8 +157,6 @@ def draw_deltas(seed: int) -> Iterator[tuple[int, OutputDelta]]:
 
 def test_a_delta_reads_back_as_it_was_to_the_last_bit() -> None:
     for choice, delta in draw_deltas(3):
-        kind, request_id, (item,) = read_record(
-            write_record("output", "r", [to_item(choice, delta)])
-        )
+        kind, request_id, (item,) = read_record(write_output("r", [write_item(choice, delta)]))
         assert (kind, request_id) == ("output", "r")
         assert read_item(item, lambda token: bytes([token])) == (choice, delta)

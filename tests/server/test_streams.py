@@ -21,7 +21,7 @@ from twostroke.core.types import StepPlan
 from twostroke.engine.async_llm import AsyncLLM
 from twostroke.errors import EngineClosed
 from twostroke.server.durable import MAGIC, DurableLog, frame, read_records
-from twostroke.server.durable_records import Accepted, write_accepted
+from twostroke.server.durable_records import Accepted, write_accepted, write_record
 from twostroke.server.generation import Batch, Generation
 from twostroke.server.settings import ServerSettings
 from twostroke.server.streams import FINISHED, End, Entry, Journal
@@ -236,7 +236,7 @@ def restore(journal: Journal, request_id: str) -> Entry:
     accepted = Accepted("", {"id": request_id}, {})
     entry = Entry(accepted, [])
     journal.restore(entry)
-    journal.enter(entry, "accepted", json.loads(write_accepted(accepted))[2])
+    journal.enter(entry, write_accepted(accepted))
     return entry
 
 
@@ -250,17 +250,17 @@ def test_a_log_made_shorter_loses_nothing_of_what_goes_on(
         journal = Journal(log)
         live, old = restore(journal, "live"), restore(journal, "old")
         with journal.note_reply(Accepted("", {"id": "reply"}, {}, is_kept=False)):
-            journal.enter(old, "output", "x" * 10_000)
+            journal.enter(old, write_record("output", "old", "x" * 10_000))
             journal.end(old, End(FINISHED, "", {}, time.time()))
             journal.forget("old")
             journal.get("live")  # finds the log too long
-            journal.enter(live, "output", "in the same turn")
+            journal.enter(live, write_record("output", "live", "in the same turn"))
             await asyncio.sleep(0)
             assert log.is_compacting
-            journal.enter(live, "output", "meanwhile")
+            journal.enter(live, write_record("output", "live", "meanwhile"))
             while log.is_compacting:
                 await asyncio.sleep(0.001)
-            journal.enter(live, "output", "after")
+            journal.enter(live, write_record("output", "live", "after"))
             journal.close()
 
     asyncio.run(run())

@@ -8,16 +8,17 @@ never leave a request running whose stream was left: closed, dropped, or its tas
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
-from twostroke.core.types import Ending, Request, TokenLogprob
+from twostroke.core.types import Request
 from twostroke.engine.attribution import Attribution
 from twostroke.engine.metrics import EngineStats
-from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.engine.outputs import OutputDelta, RequestTimings, join_deltas
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.request import RequestState
 from twostroke.engine.service import (
@@ -43,43 +44,39 @@ MUCH_TEXT = 2000
 Resumed = tuple[tuple[int, ...] | None, ...]
 
 
-@dataclass(slots=True)
-class _Pending:
-    """Output of one continuation that its consumer has not taken yet, as lists to append to."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    token_bytes: list[bytes] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    ending: Ending | None = None
-    token_texts: list[str] = field(default_factory=list)
-
-
 class _Channel:
     """Deltas of one request on their way to one consumer; lives on the event loop's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.has_ended = False
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, list[OutputDelta]] = {}
         self._arrived = asyncio.Event()
+        self._listener: Callable[[int], None] = self._wake
 
     def put(self, deltas: Sequence[OutputDelta], ended: bool) -> None:
-        """Append to what is pending of the same continuation, so a late consumer gets one delta."""
+        """Keep deltas until they are taken, and tell the listener."""
         if self.has_ended:  # the consumer has left
             return
+        tokens = 0
         for delta in deltas:
-            pending = self._pending.setdefault(delta.index, _Pending())
-            pending.text.append(delta.text)
-            pending.tokens.extend(delta.tokens)
-            pending.token_bytes.extend(delta.token_bytes)
-            pending.logprobs.extend(delta.logprobs)
-            pending.prompt_logprobs = pending.prompt_logprobs or delta.prompt_logprobs
-            pending.ending = delta.ending
-            pending.token_texts.extend(delta.token_texts)
+            self._pending.setdefault(delta.index, []).append(delta)
+            tokens += len(delta.tokens)
         self.has_ended = ended
-        self._arrived.set()
+        self._listener(tokens)
+
+    def follow(self, listener: Callable[[int], None]) -> None:
+        """Tell `listener` from now on, and now of what is here already."""
+        self._listener = listener
+        if self._pending or self.has_ended:
+            unread = itertools.chain.from_iterable(self._pending.values())
+            listener(sum(len(delta.tokens) for delta in unread))
+
+    def take_ready(self) -> list[OutputDelta]:
+        """What is pending, as one delta of each continuation."""
+        ready = [join_deltas(deltas) for deltas in self._pending.values()]
+        self._pending.clear()
+        return ready
 
     async def take(self) -> OutputDelta | None:
         """The oldest pending delta, when there is one; None after the end."""
@@ -88,23 +85,15 @@ class _Channel:
                 return None
             self._arrived.clear()
             await self._arrived.wait()
-        index = next(iter(self._pending))
-        pending = self._pending.pop(index)
-        return OutputDelta(
-            index=index,
-            text="".join(pending.text),
-            tokens=tuple(pending.tokens),
-            token_bytes=tuple(pending.token_bytes),
-            logprobs=tuple(pending.logprobs),
-            prompt_logprobs=pending.prompt_logprobs,
-            ending=pending.ending,
-            token_texts=tuple(pending.token_texts),
-        )
+        return join_deltas(self._pending.pop(next(iter(self._pending))))
 
     def drop(self) -> None:
         """Forget what is pending and end."""
         self._pending.clear()
         self.has_ended = True
+        self._listener(0)
+
+    def _wake(self, tokens: int) -> None:
         self._arrived.set()
 
 
@@ -141,6 +130,7 @@ def _unpack(parcels: list[_Parcel]) -> None:
 class RequestStream:
     """The deltas of one request, an async iterator that ends when all continuations have.
 
+    Who reads several together may `follow` each and take what is ready, without a task for each.
     Endings come as the `ending` of deltas; nothing is raised for a failed request. Leaving the
     stream early cancels the request: `aclose`, `async with`, the last reference dropped, or the
     awaiting task cancelled. Belongs to the event loop it was made on.
@@ -176,6 +166,28 @@ class RequestStream:
         """Why the engine accepts nothing any more, or None; its live requests end Failed."""
         return self._service.closed_reason
 
+    @property
+    def has_ended(self) -> bool:
+        """True when nothing comes any more; what came may still be there to take."""
+        return self._channel.has_ended
+
+    def follow(self, listener: Callable[[int], None]) -> None:
+        """Call `listener` with the number of its tokens whenever output comes, and at the end.
+
+        What has come before is told at once. The stream cannot be iterated any more.
+        """
+        self._channel.follow(listener)
+
+    def take_ready(self) -> list[OutputDelta]:
+        """What has come and was not taken, as one delta of each continuation; never waits."""
+        return self._channel.take_ready()
+
+    def leave(self) -> None:
+        """Cancel the request if it has not ended, and give no more deltas."""
+        if not self._channel.has_ended:
+            self.cancel()
+        self._channel.drop()
+
     def cancel(self) -> None:
         """End the request soon; its deltas still come, the last of them Cancelled."""
         self._service.cancel([self._state])
@@ -187,7 +199,7 @@ class RequestStream:
         try:
             delta = await self._channel.take()
         except asyncio.CancelledError:
-            self._leave()
+            self.leave()
             raise
         if delta is None:
             raise StopAsyncIteration
@@ -195,22 +207,17 @@ class RequestStream:
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended, and give no more deltas."""
-        self._leave()
+        self.leave()
 
     async def __aenter__(self) -> RequestStream:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._leave()
+        self.leave()
 
     def __del__(self) -> None:
         if not self._channel.has_ended:
             self.cancel()
-
-    def _leave(self) -> None:
-        if not self._channel.has_ended:
-            self.cancel()
-        self._channel.drop()
 
 
 class AsyncLLM:

@@ -6,6 +6,7 @@ continuation's last delta, and only that, carries its ending.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twostroke.core.types import Ending, Finished, TokenLogprob
@@ -82,6 +83,22 @@ class OutputDelta:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     ending: Ending | None = None
     token_texts: tuple[str, ...] = ()
+
+
+def join_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    """Consecutive deltas of one continuation, at least one, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return OutputDelta(
+        index=deltas[0].index,
+        text="".join(delta.text for delta in deltas),
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+        token_bytes=tuple(data for delta in deltas for data in delta.token_bytes),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        ending=deltas[-1].ending,
+        token_texts=tuple(text for delta in deltas for text in delta.token_texts),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,11 @@ class CompletionWriter:
         fields = self._choices.build_choice(choice, delta)
         if not (fields["text"] or fields["finish_reason"] or delta.logprobs):
             return ""
-        return self._frame.frame_choice(dump(fields))
+        text, reason = dump(fields["text"]), dump(fields["finish_reason"])
+        scores = dump(fields["logprobs"])
+        return self._frame.frame_choice(
+            f'{{"index":{choice},"text":{text},"logprobs":{scores},"finish_reason":{reason}}}'
+        )
 
     def write_last(self, fields: dict[str, Any]) -> str:
         """The event that has no choice, with these fields."""

@@ -53,6 +53,11 @@ def write_record(kind: str, request_id: str, value: object) -> bytes:
     return _encode([kind, request_id, value]).encode()
 
 
+def write_output(request_id: str, items: Iterable[str]) -> bytes:
+    """The record of what a client was given; items: from `write_item`."""
+    return f"[{_encode(OUTPUT)},{_encode(request_id)},[{','.join(items)}]]".encode()
+
+
 def write_accepted(accepted: Accepted) -> bytes:
     """The record that a request begins with."""
     value = {name: getattr(accepted, name) for name in Accepted.__slots__}
@@ -68,8 +73,11 @@ def read_record(payload: bytes) -> tuple[str, str, Any]:
     return kind, request_id, value
 
 
-def to_item(choice: int, delta: OutputDelta, cached: tuple[int, int] | None = None) -> list[Any]:
-    """A delta as JSON. cached: which prompt, and how many of its tokens needed no computing."""
+def write_item(choice: int, delta: OutputDelta, cached: tuple[int, int] | None = None) -> str:
+    """A delta as JSON text. cached: which prompt, and how many of its tokens needed no computing.
+
+    Put together by hand, for one is written with every token: the library takes as long as sending.
+    """
     extra: dict[str, Any] = {}
     rest = delta.text
     if len(delta.token_texts) == len(delta.tokens):
@@ -84,12 +92,12 @@ def to_item(choice: int, delta: OutputDelta, cached: tuple[int, int] | None = No
         extra["prompt_logprobs"] = [_to_list(each) for each in delta.prompt_logprobs]
     if cached is not None:
         extra["cached"] = cached
-    item: list[Any] = [choice, delta.tokens, delta.token_texts]
-    return [*item, extra] if extra else item
+    tokens, texts = ",".join(map(str, delta.tokens)), ",".join(map(_encode, delta.token_texts))
+    return f"[{choice},[{tokens}],[{texts}]{',' + _encode(extra) if extra else ''}]"
 
 
 def read_cached(item: Sequence[Any]) -> tuple[int, int] | None:
-    """What `to_item` was given beside the delta."""
+    """What `write_item` was given beside the delta."""
     cached = item[3].get("cached") if len(item) > 3 else None
     return None if cached is None else (cached[0], cached[1])
 

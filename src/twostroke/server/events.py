@@ -182,7 +182,8 @@ class EventStream(Response):
 
     def _number(self, events: str) -> bytes:
         """Events with their ids, but for those that the client has."""
-        parts = events.split("\n\n")[:-1]
+        parts = events.split("\n\n")
+        parts.pop()
         first, after = self._next_id, self._framing.after
         self._next_id += len(parts)
         shown = [
@@ -217,4 +218,4 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 def dump(value: Any) -> str:
     """Compact JSON text; a value JSON has no word for is our bug and raises ValueError."""
-    return _ENCODER.encode(value)
+    return "null" if value is None else _ENCODER.encode(value)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twostroke.core.types import Cancelled, Ending, Failed, Finished, Rejected, TokenLogprob
-from twostroke.engine.outputs import OutputDelta, RequestTimings
+from twostroke.engine.outputs import OutputDelta, RequestTimings, join_deltas
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import NOBODY, Sender
 from twostroke.errors import (
@@ -125,9 +126,16 @@ class TokenStream(Protocol):
     @property
     def closed_reason(self) -> str | None: ...
 
+    @property
+    def has_ended(self) -> bool: ...
+
+    def follow(self, listener: Callable[[int], None]) -> None: ...
+
+    def take_ready(self) -> Sequence[OutputDelta]: ...
+
     def cancel(self) -> None: ...
 
-    def __aiter__(self) -> AsyncIterator[OutputDelta]: ...
+    def leave(self) -> None: ...
 
 
 class PromptSource(Protocol):
@@ -150,7 +158,8 @@ class Generation:
         self.sender = submission.sender
         self._emitted = past.emitted
         self._cached = past.cached
-        self._unread = 0  # tokens that arrived and were not taken
+        self._ready: dict[int, None] = {}  # streams with something to take, in order of arrival
+        self._unread = 0  # tokens of them
         self._is_over = False
         self._error: TwostrokeError | None = None
         self._wake = asyncio.Event()
@@ -229,7 +238,7 @@ class Generation:
             async for batch in batches:
                 for choice, delta in batch:
                     parts[choice].append(delta)
-        return [_join(part) for part in parts]
+        return [join_deltas(part) for part in parts]
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """All output as it comes: everything that arrived since the last batch, one delta a choice.
@@ -238,56 +247,51 @@ class Generation:
         finished, SlowReader when too much was not taken, and what `end` was given. Closing the
         iterator early cancels the request.
         """
-        arrived: Batch = []
-        pumps = [
-            asyncio.ensure_future(self._pump(place, arrived)) for place in range(len(self._streams))
-        ]
+        for place, stream in enumerate(self._streams):
+            stream.follow(partial(self._hear, place))
         try:
             while True:
-                finished = all(pump.done() for pump in pumps)
                 if self._error is not None:
                     raise self._error
                 self._wake.clear()
-                if arrived:
-                    batch = self._merge(arrived)
-                    arrived.clear()
-                    self._unread = 0
+                if batch := self._take():
                     yield batch
-                    continue
-                for pump in pumps:
-                    if pump.done():
-                        pump.result()
-                if finished:
-                    self._is_over = True
+                elif all(stream.has_ended for stream in self._streams):
                     return
-                await self._wake.wait()
+                else:
+                    await self._wake.wait()
         finally:
-            self.cancel()
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            self._is_over = True
+            self._leave()
 
-    async def _pump(self, place: int, arrived: Batch) -> None:
-        try:
-            async for delta in self._streams[place]:
-                arrived.append((place * self._n + delta.index, delta))
-                self._unread += len(delta.tokens)
-                self._wake.set()
-                if self._unread > MAX_UNREAD_TOKENS:
-                    await asyncio.sleep(0)  # whoever still reads takes it now
-                if self._unread > MAX_UNREAD_TOKENS:
-                    self.end(SlowReader(f"{self._unread} tokens were not read; read faster"))
-                    arrived.clear()
-        finally:
-            self._wake.set()
+    def _hear(self, place: int, tokens: int) -> None:
+        """Output of a stream has come, or its end."""
+        self._ready[place] = None
+        self._unread += tokens
+        self._wake.set()
+        if self._unread > MAX_UNREAD_TOKENS:  # whoever still reads takes it now
+            asyncio.get_running_loop().call_soon(self._check_unread)
 
-    def _merge(self, arrived: Batch) -> Batch:
-        parts: dict[int, list[OutputDelta]] = {}
-        for choice, delta in arrived:
-            parts.setdefault(choice, []).append(delta)
-        batch = [(choice, _join(deltas)) for choice, deltas in parts.items()]
+    def _check_unread(self) -> None:
+        if self._unread > MAX_UNREAD_TOKENS:
+            self.end(SlowReader(f"{self._unread} tokens were not read; read faster"))
+            self._leave()
+
+    def _leave(self) -> None:
+        for stream in self._streams:
+            stream.leave()
+
+    def _take(self) -> Batch:
+        """All that has come, one delta of each choice. Raises as `batches` for an ending."""
+        ready, self._ready, self._unread = self._ready, {}, 0
+        batch = [
+            (place * self._n + delta.index, delta)
+            for place in ready
+            for delta in self._streams[place].take_ready()
+        ]
         for choice, delta in batch:
-            _check_ending(delta.ending, self._streams[choice // self._n].closed_reason)
+            if delta.ending is not None:
+                _check_ending(delta.ending, self._streams[choice // self._n].closed_reason)
             if delta.prompt_logprobs:
                 self._prompt_logprobs[choice // self._n] = delta.prompt_logprobs
         if self._prompt_only:
@@ -352,22 +356,6 @@ def _check_ending(ending: Ending | None, closed_reason: str | None) -> None:
             raise RequestFailed(f"the request failed: {reason}")
         case Cancelled(reason):
             raise EngineClosed(f"the server ended the request: {reason}")
-
-
-def _join(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """Consecutive deltas of one choice as one."""
-    if len(deltas) == 1:
-        return deltas[0]
-    return OutputDelta(
-        index=deltas[0].index,
-        text="".join(delta.text for delta in deltas),
-        tokens=tuple(token for delta in deltas for token in delta.tokens),
-        token_bytes=tuple(data for delta in deltas for data in delta.token_bytes),
-        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
-        ending=deltas[-1].ending,
-        token_texts=tuple(text for delta in deltas for text in delta.token_texts),
-    )
 
 
 def split_tokens(delta: OutputDelta) -> list[OutputDelta]:

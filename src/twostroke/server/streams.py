@@ -28,8 +28,9 @@ from twostroke.server.durable_records import (
     Accepted,
     read_item,
     read_record,
-    to_item,
     write_accepted,
+    write_item,
+    write_output,
     write_record,
 )
 from twostroke.server.generation import Batch, Generation, to_failure
@@ -75,7 +76,7 @@ class Entry:
     resumes: int = 0
     num_bytes: int = 0
     cached: dict[int, int] = field(default_factory=dict)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _waited_for: asyncio.Event | None = None  # by who wants what comes next
 
     @property
     def is_over(self) -> bool:
@@ -84,8 +85,14 @@ class Entry:
 
     def wake(self) -> None:
         """Something has come; whoever waits looks again."""
-        self.arrived.set()
-        self.arrived = asyncio.Event()
+        if self._waited_for is not None:
+            self._waited_for.set()
+            self._waited_for = None
+
+    async def _wait_for_more(self) -> None:
+        if self._waited_for is None:
+            self._waited_for = asyncio.Event()
+        await self._waited_for.wait()
 
     def read(self, get_bytes: GetBytes, begin: int = 0, end: int | None = None) -> Iterator[Batch]:
         """The output so far, of these records."""
@@ -97,7 +104,7 @@ class Entry:
     async def wait(self) -> None:
         """Return once nothing more will come."""
         while not self.is_over:
-            await self.arrived.wait()
+            await self._wait_for_more()
 
     async def batches(self, get_bytes: GetBytes) -> AsyncGenerator[Batch, None]:
         """All output from the beginning, and what comes, as it comes.
@@ -106,7 +113,6 @@ class Entry:
         """
         place = 0
         while True:
-            arrived = self.arrived
             known = len(self.records)
             for batch in self.read(get_bytes, place, known):
                 yield batch
@@ -115,7 +121,7 @@ class Entry:
                 continue
             if self.is_over:
                 break
-            await arrived.wait()
+            await self._wait_for_more()
         if self.end is None:
             assert self.interrupted is not None
             raise self.interrupted
@@ -142,8 +148,8 @@ class Record:
             if place not in entry.cached:
                 cached = place, self._generation.get_timings()[place].cached_tokens
                 entry.cached[place] = cached[1]
-            items.append(to_item(choice, delta, cached))
-        self._journal.enter(entry, OUTPUT, items)
+            items.append(write_item(choice, delta, cached))
+        self._journal.enter(entry, write_output(entry.accepted.id, items))
 
     def finish(self, last: dict[str, Any]) -> None:
         """All output was entered; `last` is what the reply ends with."""
@@ -221,9 +227,8 @@ class Journal:
         finally:
             self.forget_reply(accepted.id)
 
-    def enter(self, entry: Entry, kind: str, value: object) -> None:
+    def enter(self, entry: Entry, payload: bytes) -> None:
         """Add a record to an entry, and wake who reads it."""
-        payload = write_record(kind, entry.accepted.id, value)
         entry.records.append(payload)
         self._write(entry, payload)
         entry.wake()
@@ -231,7 +236,8 @@ class Journal:
     def end(self, entry: Entry, end: End) -> None:
         """The last word on an entry."""
         entry.end, entry.generation = end, None
-        self.enter(entry, ENDED, [end.how, end.message, end.last, end.at])
+        value = [end.how, end.message, end.last, end.at]
+        self.enter(entry, write_record(ENDED, entry.accepted.id, value))
         self._note_ended(entry, end)
         self._forget_old()
 

@@ -7,7 +7,7 @@ the second time. Nothing here runs anything or changes an entry.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,17 @@ class EndedStream:
     timings: RequestTimings = _NO_TIMINGS
     closed_reason: str | None = None
 
+    has_ended: bool = True
+
+    def follow(self, listener: Callable[[int], None]) -> None:
+        """Nothing comes."""
+
+    def take_ready(self) -> Sequence[OutputDelta]:
+        """Nothing is here."""
+        return ()
+
     def cancel(self) -> None:
         """Nothing runs."""
 
-    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        return
-        yield
+    def leave(self) -> None:
+        """Nothing is left."""

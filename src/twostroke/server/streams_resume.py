@@ -26,6 +26,7 @@ from twostroke.server.durable_records import (
     read_cached,
     read_item,
     read_record,
+    write_record,
 )
 from twostroke.server.events import Writer
 from twostroke.server.generation import Generation, Past, PromptSource, Submission, TokenStream
@@ -132,7 +133,7 @@ async def resume(entry: Entry, api: Api, served: Served, journal: Journal) -> No
         logger.error("request %s does not go on: %s", accepted.id, error)
         journal.end(entry, End(FAILED, str(error), {}, time.time()))
     else:
-        journal.enter(entry, RESUMED, None)
+        journal.enter(entry, write_record(RESUMED, accepted.id, None))
         journal.num_resumed += 1
         journal.run(entry, generation, partial(api.build_last, accepted, generation))
 
