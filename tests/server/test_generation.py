@@ -1,4 +1,4 @@
-"""Laws of one API request's output: merged in order of arrival, bounded, and left when it is over."""
+"""Laws of one API request's output: merged in order of arrival, bounded, left when it is over."""
 
 from __future__ import annotations
 
