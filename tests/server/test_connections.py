@@ -11,12 +11,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import h11
 import httpx
 import pytest
 
 from loopback import Running, run_server, wait_until
 from scripted_llm import MODEL, ScriptedLLM
 from twostroke.server.limits import Limits
+from twostroke.server.protocol import _Connection
 from twostroke.server.settings import ServerSettings
 
 QUICK = Limits(
@@ -218,3 +220,31 @@ def test_rude_clients_leave_nothing_behind(quick: Running) -> None:
     wait_until(lambda: not quick.engine.live)
     wait_until(lambda: count_connections(quick) <= 1)
     assert httpx.get(f"{quick.url}/health").status_code == 200
+
+
+def make_connections(head: str) -> tuple[h11.Connection, h11.Connection]:
+    """The server's kind and h11's own, both of which have received this request."""
+    made = _Connection(), h11.Connection(h11.SERVER)
+    for connection in made:
+        connection.receive_data(head.encode())
+        while isinstance(event := connection.next_event(), h11.Request):
+            assert event
+    return made
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("headers", [[], [("content-length", "7")], [("X-Chunked", "chunked")]])
+def test_an_answer_is_framed_as_h11_frames_it(version, method, headers) -> None:
+    draw = random.Random(5)
+    ours, theirs = make_connections(f"{method} / HTTP/{version}\r\nhost: a\r\n\r\n")
+    pieces = [b"", b"abc", b"", b"defg"] if headers and headers[0][0] == "content-length" else None
+    if pieces is None:
+        pieces = [draw.randbytes(draw.choice([0, 1, 15, 16, 300, 70_000])) for _ in range(30)]
+    data = [] if method == "HEAD" else [h11.Data(data=piece) for piece in pieces]
+    for event in (h11.Response(status_code=200, headers=headers), *data, h11.EndOfMessage()):
+        assert ours.send(event) == theirs.send(event)
+        assert ours.our_state is theirs.our_state
+    for connection in (ours, theirs):
+        with pytest.raises(h11.LocalProtocolError):
+            connection.send(h11.Data(data=b"late"))
