@@ -60,6 +60,24 @@ def test_samples_stay_bounded_and_do_not_depend_on_order() -> None:
     assert all(time % shown[0][0] == 0 for time in times)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_samples_merged_are_those_of_all_that_was_offered(seed: int) -> None:
+    """However uneven the shares, of which each has a period of its own by then."""
+    draw = random.Random(seed)
+    shares, count = [StepSamples(most=50, period_ns=10) for _ in range(3)], draw.randrange(1, 900)
+    whole = StepSamples(most=50, period_ns=10)
+    for at in range(count):
+        sample = Sample(10 * at, at % 7, 1, 2, 3, 4, at)
+        whole.add(sample)
+        draw.choices(shares, [1, seed, 40])[0].add(sample)
+    draw.shuffle(shares)
+    for other in shares[1:]:
+        shares[0].merge(other)
+    assert shares[0].period_ns == whole.period_ns
+    merged, columns = shares[0].get_columns(), whole.get_columns()
+    assert all(np.array_equal(merged[name], columns[name]) for name in columns)
+
+
 def test_a_row_is_live_until_it_ends() -> None:
     records = Records(replicas=2)
     for index in range(5_000):

@@ -4,19 +4,21 @@ Owns columns of plain numbers, so that a million requests fit in little memory; 
 refers to a request, plan or replica. A request's row is written once, when it ends. Gaps between
 tokens are counted in a histogram, and the state of the replicas is kept at instants on a grid whose
 period doubles whenever there are too many. What is recorded does not depend on the order in which
-replicas report, nor on whether steps were taken one by one or in strides.
+replicas report, nor on whether steps were taken one by one or in strides, nor on whether all
+replicas reported here or some of them to other records that were merged.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twostroke.errors import InvalidParameter
 from twostroke.sim.arrivals import Arrival
 
 # What became of a request: `fate` is an index into this.
@@ -42,6 +44,15 @@ REQUEST_COLUMNS = {
     "ttft_target_ns": "q",
     "itl_target_ns": "q",
 }
+# Of these, what is known when a request arrives; the others are written when it ends.
+_ARRIVAL_COLUMNS = (
+    "arrival_ns",
+    "prompt_tokens",
+    "tenant",
+    "priority",
+    "ttft_target_ns",
+    "itl_target_ns",
+)
 _CHUNK = 4096
 _SUB_BITS = 8
 
@@ -156,6 +167,11 @@ class ReplicaTotals:
     swapped_blocks: int = 0
     lost_executors: int = 0
 
+    def merge(self, other: ReplicaTotals) -> None:
+        """Add the sums of `other`."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
 
 @dataclass(slots=True)
 class StepSamples:
@@ -177,13 +193,28 @@ class StepSamples:
         if sample.time_ns % self.period_ns == 0:
             self._kept.append(sample)
             while len(self._kept) > self.most:
-                self.period_ns *= 2
-                self._kept = [one for one in self._kept if one.time_ns % self.period_ns == 0]
+                self._double()
+
+    def merge(self, other: StepSamples) -> None:
+        """Keep what is kept when all that `other` was offered is offered here too.
+
+        Both began with the same `most` and period. What either has dropped is off the grid of all,
+        because more samples never make the period shorter.
+        """
+        assert self.most == other.most, "samples of other bounds"
+        while self.period_ns < other.period_ns:
+            self._double()
+        for sample in other._kept:
+            self.add(sample)
 
     def get_columns(self) -> dict[str, NDArray[np.int64]]:
         """The samples by column, ordered by time and replica."""
         rows = np.array(sorted(self._kept), np.int64).reshape(-1, len(Sample._fields))
         return {name: rows[:, place] for place, name in enumerate(Sample._fields)}
+
+    def _double(self) -> None:
+        self.period_ns *= 2
+        self._kept = [one for one in self._kept if one.time_ns % self.period_ns == 0]
 
 
 class Records:
@@ -234,6 +265,29 @@ class Records:
         columns["replica"][index] = life.replica
         columns["fate"][index] = fate
 
+    def merge(self, other: Records) -> None:
+        """Add what `other` recorded of the same arrivals: requests that ended there, and steps.
+
+        No request may have ended in both. Raises InvalidParameter, and changes nothing, when the
+        arrivals were not the same.
+        """
+        mine, more = self._view_columns(), other._view_columns()
+        if self.tenants != other.tenants or not all(
+            np.array_equal(mine[name], more[name]) for name in _ARRIVAL_COLUMNS
+        ):
+            raise InvalidParameter(
+                "arrivals", "differ between parts of one simulation: did the trace's file change?"
+            )
+        ended = np.flatnonzero(more["fate"])
+        assert not mine["fate"][ended].any(), "a request ended twice"
+        for name in REQUEST_COLUMNS.keys() - set(_ARRIVAL_COLUMNS):
+            mine[name][ended] = more[name][ended]
+        self.gaps.merge(other.gaps)
+        self.samples.merge(other.samples)
+        for totals, added in zip(self.totals, other.totals, strict=True):
+            totals.merge(added)
+        self.end_ns = max(self.end_ns, other.end_ns)
+
     def get_columns(self) -> dict[str, NDArray[np.int64]]:
         """The requests by column, in the order of their numbers."""
         return {
@@ -253,6 +307,13 @@ class Records:
         """Requests by fate."""
         counts = np.bincount(self.get_columns()["fate"], minlength=len(FATES))
         return {name: int(count) for name, count in zip(FATES, counts, strict=True)}
+
+    def _view_columns(self) -> dict[str, NDArray[np.signedinteger]]:
+        """The columns themselves, not copies; no request may be added while a view is held."""
+        return {
+            name: np.frombuffer(self._columns[name], np.dtype(code))[: self._count]
+            for name, code in REQUEST_COLUMNS.items()
+        }
 
     def _grow(self, index: int) -> None:
         count = (index // _CHUNK + 1) * _CHUNK
