@@ -11,7 +11,7 @@ from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import Row, SchedulerConfig, Token
 from twostroke.policies.names import PolicyChoice, build_policies
 from twostroke.sim.arrivals import Arrival
-from twostroke.sim.cluster import Cluster
+from twostroke.sim.cluster import Cluster, Part
 from twostroke.sim.faults import Fault
 from twostroke.sim.records import Records, StepSamples
 from twostroke.sim.replica import ReplicaSpec
@@ -71,6 +71,12 @@ class Scene:
 
     def run(self, max_iterations: int, **changes: object) -> Cluster:
         """Run it with strides of at most so many steps; returns the cluster as it was left."""
+        cluster = self.make(max_iterations, Part(), **changes)
+        cluster.run(self.arrivals)
+        return cluster
+
+    def make(self, max_iterations: int, part: Part, **changes: object) -> Cluster:
+        """The cluster, or a part of it, before anything has arrived."""
         spec = replace(
             self.spec,
             max_iterations=max_iterations,
@@ -79,9 +85,7 @@ class Scene:
         )
         router = make_router(self.router, self.replicas)
         samples = StepSamples(most=64, period_ns=500)
-        cluster = Cluster(spec, self.replicas, router, self.faults, samples)
-        cluster.run(self.arrivals)
-        return cluster
+        return Cluster(spec, self.replicas, router, self.faults, samples, part)
 
 
 def run_one(arrivals: Iterable[Arrival], spec: ReplicaSpec | None = None) -> Records:
@@ -94,6 +98,7 @@ def show(records: Records) -> dict[str, object]:
     return {
         "requests": {name: rows.tolist() for name, rows in records.get_columns().items()},
         "gaps": records.gaps.get_counts(),
+        "tenants": records.tenants,
         "totals": records.totals,
         "period_ns": records.samples.period_ns,
         "samples": {name: rows.tolist() for name, rows in records.samples.get_columns().items()},

@@ -12,7 +12,7 @@ import gc
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from twostroke.errors import InvalidParameter
@@ -29,15 +29,34 @@ from twostroke.sim.faults import (
 )
 from twostroke.sim.records import FATES, Life, Records, StepSamples
 from twostroke.sim.replica import Replica, ReplicaSpec
-from twostroke.sim.routers import Router
+from twostroke.sim.routers import RoundRobin, Router
 from twostroke.spec.cost import StepCost
 
 _COLLECT_AFTER = 100_000  # objects
 _REJECTED = FATES.index("rejected")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Those of a cluster's replicas whose number, divided by `of`, leaves `index`."""
+
+    index: int = 0
+    of: int = 1
+
+    def has(self, replica: int) -> bool:
+        """True for a replica of this part."""
+        return replica % self.of == self.index
+
+
+_WHOLE = Part()
+
+
 class Cluster:
     """`count` replicas made of `spec` behind `router`; `run` may be called once.
+
+    part: only its replicas are there, and what is sent to others is not simulated. That leaves them
+    what they are in the whole only where no replica's doings reach another: behind round robin,
+    without faults.
 
     Raises InvalidParameter for a fault of a replica that does not exist, or an executor that
     hangs where no deadline would ever tell.
@@ -50,7 +69,11 @@ class Cluster:
         router: Router,
         faults: Iterable[Fault] = (),
         samples: StepSamples | None = None,
+        part: Part = _WHOLE,
     ) -> None:
+        listed = list(faults)
+        is_apart = isinstance(router, RoundRobin) and not listed and spec.step_deadline_ns is None
+        assert part == _WHOLE or is_apart, "replicas that depend on each other have no parts"
         self.clock = VirtualClock()
         self.records = Records(count, samples)
         self._router = router
@@ -58,12 +81,13 @@ class Cluster:
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
         spec = replace(spec, cost=_RememberedCost(spec.cost))
-        self.replicas = [
-            Replica(index, spec, self.clock, self.records, router.end, self._note_due)
+        self.replicas = {
+            index: Replica(index, spec, self.clock, self.records, router.end, self._note_due)
             for index in range(count)
-        ]
-        self._open = list(self.replicas)
-        self._take_faults(spec, list(faults))
+            if part.has(index)
+        }
+        self._open = list(self.replicas.values())
+        self._take_faults(spec, listed)
 
     def run(self, arrivals: Iterable[Arrival]) -> Records:
         """Let everything happen that follows from `arrivals`, which come in order of time.
@@ -111,7 +135,9 @@ class Cluster:
         if number < 0:
             self.records.end(Life(index, arrival), self.clock.now_ns(), _REJECTED)
             return
-        replica = self.replicas[number]
+        replica = self.replicas.get(number)
+        if replica is None:  # it is simulated elsewhere
+            return
         if arrival.cancel_after_ns:
             time_ns = arrival.time_ns + arrival.cancel_after_ns
             self._at(time_ns, [replica], partial(replica.cancel, index))
@@ -148,7 +174,8 @@ class Cluster:
 
     def _take_timed_fault(self, fault: TimedFault) -> None:
         if isinstance(fault, ClockJumps):
-            self._at(fault.time_ns, self.replicas, partial(self.clock.jump, fault.by_ns))
+            everyone = list(self.replicas.values())
+            self._at(fault.time_ns, everyone, partial(self.clock.jump, fault.by_ns))
             return
         replica = self.replicas[fault.replica]
         if isinstance(fault, ExecutorSlows):
