@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twostroke.cli.machine import read_machine
+from twostroke.cli.machine import count_processors, read_machine
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -40,6 +40,11 @@ def test_only_cores_in_the_affinity_mask_count(
     assert read_machine(tmp_path).cores == 2
 
 
+def test_two_threads_of_one_core_are_two_processors(tmp_path: Path) -> None:
+    make_topology(tmp_path, {0: 0, 1: 1, 2: 0, 3: 1})
+    assert count_processors(tmp_path) == 4
+
+
 def test_without_a_topology_every_cpu_is_a_core(tmp_path: Path) -> None:
     assert read_machine(tmp_path).cores == 4
 
@@ -50,6 +55,7 @@ def test_without_a_topology_every_cpu_is_a_core(tmp_path: Path) -> None:
 def test_a_control_group_can_only_lower_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
     write(tmp_path, {"sys/fs/cgroup/cpu.max": quota})
     assert read_machine(tmp_path).cores == cores
+    assert count_processors(tmp_path) == cores
 
 
 @pytest.mark.parametrize(

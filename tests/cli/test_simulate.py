@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from places import SHARED
+from twostroke.cli import simulate as simulate_module
 from twostroke.cli.fault_options import parse_faults
 from twostroke.cli.options import SchedulingOptions
 from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
@@ -20,6 +21,7 @@ from twostroke.cli.settings import check_name
 from twostroke.cli.simulate import build_simulation, run_simulate
 from twostroke.cli.simulated import resolve_hardware
 from twostroke.errors import InvalidParameter, TwostrokeError
+from twostroke.sim.sources import Fitted
 
 CONV = str(SHARED / "traces" / "azure2023_conv.csv")
 ONE = SimulatedMachineOptions(model="llama-2-7b", device="a100-80gb")
@@ -70,6 +72,52 @@ def test_a_simulation_repeats_exactly(capsys: pytest.CaptureFixture[str]) -> Non
         del found["real_seconds"], found["simulated_s_per_s"]
         runs.append(found)
     assert runs[0] == runs[1]
+
+
+def test_round_robin_on_two_cores_prints_what_one_core_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = SimulatedMachineOptions(
+        model="llama-2-7b", device="a100-80gb", replicas=3, router="round-robin"
+    )
+    load = LoadOptions(
+        workload="poisson:tenants=3,prefix=0.2", rate="40", requests="2000", new_tokens="8",
+        prompt_tokens="lognormal:900:2", faults="cancels=0.1,patience=0.1",
+    )  # fmt: skip
+    runs, counts = [], []
+    run = simulate_module.run_parts
+    monkeypatch.setattr(
+        simulate_module, "run_parts", lambda *given: [counts.append(given[-1]), run(*given)][1]
+    )
+    for cores in (1, 2):
+        monkeypatch.setattr(simulate_module, "count_processors", lambda cores=cores: cores)
+        found = simulate(capsys, machine, load)
+        del found["real_seconds"], found["simulated_s_per_s"]
+        runs.append(found)
+    assert counts == [1, 2]
+    assert runs[0] == runs[1]
+    assert runs[0]["fates"]["cancelled"]
+    assert runs[0]["clipped"]["requests"] == 2_000
+    assert runs[0]["clipped"]["clipped"]
+
+
+@pytest.mark.parametrize("router", ["round-robin", "least-tokens"])
+@pytest.mark.parametrize("faults", [None, "deaths=1", "jumps=0.1", "cancels=0.5"])
+def test_only_independent_replicas_are_split_over_cores(
+    monkeypatch: pytest.MonkeyPatch, router: str, faults: str | None
+) -> None:
+    counts = list[int]()
+    monkeypatch.setattr(simulate_module, "count_processors", lambda: 2)
+    monkeypatch.setattr(
+        simulate_module, "run_parts", lambda make, arrive, count: counts.append(count)
+    )
+    machine = SimulatedMachineOptions(
+        model="llama-2-7b", device="a100-80gb", replicas=2, router=router
+    )
+    load = LoadOptions(workload="poisson", rate="9", requests="5000", faults=faults)
+    simulate_module.simulate(build_simulation(machine, load, SchedulingOptions()), Fitted())
+    is_split = router == "round-robin" and faults in (None, "cancels=0.5")
+    assert counts == [2 if is_split else 1]
 
 
 def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:

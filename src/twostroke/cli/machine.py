@@ -8,6 +8,7 @@ where a control group's limit is nearer. Nothing is cached and nothing is change
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +38,32 @@ def read_machine(root: Path = Path("/")) -> Machine:
     return Machine(cores, cores_reason, available, memory_reason)
 
 
+def count_processors(root: Path = Path("/")) -> int:
+    """How many processes can run at once: threads of one core count each, unlike in `Machine`."""
+    return min(len(_list_allowed()), _read_granted(root))
+
+
 def _count_cores(root: Path) -> tuple[int, str]:
+    places = {_get_core_place(root, cpu) for cpu in _list_allowed()}
+    cores, granted = len(places), _read_granted(root)
+    if granted < cores:
+        return granted, "cores' worth of time the control group grants"
+    return cores, "physical cores this process may use"
+
+
+def _list_allowed() -> list[int]:
+    """The logical CPUs of the affinity mask."""
     if hasattr(os, "sched_getaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-    else:
-        allowed = list(range(os.cpu_count() or 1))
-    places = {_get_core_place(root, cpu) for cpu in allowed}
-    cores, reason = len(places), "physical cores this process may use"
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _read_granted(root: Path) -> int:
+    """How many CPUs' worth of time the control group grants; very many when it sets no quota."""
     quota = _read_words(root / "sys/fs/cgroup/cpu.max")
     if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
-        granted = max(1, int(quota[0]) // int(quota[1]))
-        if granted < cores:
-            return granted, "cores' worth of time the control group grants"
-    return cores, reason
+        return max(1, int(quota[0]) // int(quota[1]))
+    return sys.maxsize
 
 
 def _get_core_place(root: Path, cpu: int) -> tuple[str, str]:

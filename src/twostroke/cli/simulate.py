@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twostroke.cli.fault_options import FaultChoice, parse_faults
+from twostroke.cli.machine import count_processors
 from twostroke.cli.options import SchedulingOptions
 from twostroke.cli.question_options import LoadOptions, SimulatedMachineOptions, SimulationOutput
 from twostroke.cli.scheduling import check_target, read_target
@@ -30,9 +31,10 @@ from twostroke.cli.simulation_table import describe_simulation, print_choices, p
 from twostroke.errors import InvalidParameter
 from twostroke.policies.target import get_least_itl_ns
 from twostroke.sim.arrivals import Arrival
-from twostroke.sim.cluster import Cluster
+from twostroke.sim.cluster import Cluster, Part
 from twostroke.sim.export import check_parquet, write_csv, write_parquet
-from twostroke.sim.faults import draw_cancels, draw_faults
+from twostroke.sim.faults import FaultRates, draw_cancels, draw_faults
+from twostroke.sim.parts import count_parts, run_parts
 from twostroke.sim.plot import Picture, check_plot, draw
 from twostroke.sim.records import Records
 from twostroke.sim.replica import ReplicaSpec
@@ -133,25 +135,36 @@ def build_simulation(
 
 
 def simulate(simulation: Simulation, fitted: Fitted) -> Records:
-    """Run it to its end; `fitted` counts what was changed about the requests."""
-    cluster = Cluster(
-        simulation.replica,
+    """Run it to its end, on every core where that can be; `fitted` counts what was changed about
+    the requests."""
+    faults = draw_faults(
+        simulation.seed,
         simulation.replicas,
-        make_router(simulation.router, simulation.replicas),
-        draw_faults(
-            simulation.seed,
-            simulation.replicas,
-            max(1, round(simulation.source.seconds * 1e9)),
-            simulation.faults.rates,
-        ),
+        max(1, round(simulation.source.seconds * 1e9)),
+        simulation.faults.rates,
     )
-    arrivals = simulation.source.arrive(simulation.targets, fitted)
-    if simulation.faults.cancels:
-        mean_ns = round(simulation.faults.patience_s * 1e9)
-        arrivals = draw_cancels(arrivals, simulation.seed, simulation.faults.cancels, mean_ns)
-    if sys.stderr.isatty():
-        arrivals = _show_progress(arrivals, simulation.source.expected)
-    return cluster.run(arrivals)
+
+    def make(part: Part) -> Cluster:
+        router = make_router(simulation.router, simulation.replicas)
+        return Cluster(simulation.replica, simulation.replicas, router, faults, part=part)
+
+    def arrive(part: Part) -> Iterator[Arrival]:
+        arrivals = simulation.source.arrive(simulation.targets, fitted)
+        if simulation.faults.cancels:
+            mean_ns = round(simulation.faults.patience_s * 1e9)
+            arrivals = draw_cancels(arrivals, simulation.seed, simulation.faults.cancels, mean_ns)
+        if part.index == 0 and sys.stderr.isatty():
+            arrivals = _show_progress(arrivals, simulation.source.expected)
+        return arrivals
+
+    return run_parts(make, arrive, _count_parts(simulation))
+
+
+def _count_parts(simulation: Simulation) -> int:
+    """1 unless nothing that happens to a replica can reach another."""
+    if simulation.router != "round-robin" or simulation.faults.rates != FaultRates():
+        return 1
+    return count_parts(simulation.replicas, simulation.source.expected, count_processors())
 
 
 def check_outputs(names: Sequence[str]) -> list[Path]:
