@@ -1,8 +1,8 @@
 """How simulating grows with requests and with replicas: time and memory of `twostroke simulate`.
 
-Each point is one run of the command in a process of its own, on one core: lengths of a trace, drawn
-arrivals, ten requests a second for each replica. `--full` adds the million requests over a thousand
-GPUs. The last line is one JSON object; `--plot` draws it.
+Each point is one run of the command, round robin on every core that this process may use: lengths
+of a trace, drawn arrivals, ten requests a second for each replica. `--full` adds the million
+requests over a thousand GPUs. The last line is one JSON object; `--plot` draws it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ FULL_REQUESTS = 1_000_000
 REPLICAS = (1, 10, 100, 1_000)
 MOST_REPLICAS = 1_000
 FIXED_REQUESTS = 16_000
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run: seconds and the process's peak memory, and what was simulated."""
+    """One run: what it took, and what was simulated.
+
+    peak_bytes: of its processes together; what they share counts in each. cores: it could use, but
+    one replica needs only one.
+    """
 
     requests: int
     replicas: int
@@ -38,6 +43,7 @@ class Point:
     peak_bytes: int
     simulated_s: float
     steps: int
+    cores: int
 
     @property
     def name(self) -> str:
@@ -50,26 +56,48 @@ def measure(requests: int, replicas: int, trace: Path) -> Point:
     command = [sys.executable, "-m", "twostroke", "simulate", "--model", MODEL, "--device", DEVICE]
     command += ["--replicas", str(replicas), "--workload", "poisson", "--seed", "1"]
     command += ["--rate", str(RATE_PER_REPLICA * replicas), "--requests", str(requests)]
-    command += ["--trace", str(trace), "--json"]
+    command += ["--router", "round-robin", "--trace", str(trace), "--json"]
     begin = time.perf_counter()
     with (
+        tempfile.TemporaryFile("w+") as shown,
         tempfile.TemporaryFile("w+") as words,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, text=True) as process,
+        subprocess.Popen(command, stdout=shown, stderr=words) as process,
     ):
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        peak_bytes = _wait(process)
         seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        words.seek(0)
-        complaint = words.read()
+        for file in (shown, words):
+            file.seek(0)
+        output, complaint = shown.read(), words.read()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, complaint)
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     assert result["fates"]["finished"] == requests, f"not all finished: {result['fates']}"
-    peak_bytes = usage.ru_maxrss * 1024
     steps = result["use"]["steps"]
-    return Point(requests, replicas, seconds, peak_bytes, result["seconds"], steps)
+    cores = len(os.sched_getaffinity(0))
+    return Point(requests, replicas, seconds, peak_bytes, result["seconds"], steps, cores)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for its end; returns the peak memory of it and its children, added up, in bytes."""
+    peaks = dict[int, int]()
+    while process.poll() is None:
+        time.sleep(_POLL_S)
+        own = Path(f"/proc/{process.pid}")
+        try:
+            children = (own / f"task/{process.pid}/children").read_text().split()
+            for pid in (process.pid, *map(int, children)):
+                peaks[pid] = _read_peak(pid) or peaks.get(pid, 0)
+        except OSError:
+            continue  # one of them has just ended
+    return sum(peaks.values())
+
+
+def _read_peak(pid: int) -> int:
+    """The most memory a process has held so far, in bytes; 0 once it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def plan_points(full: bool) -> list[tuple[int, int]]:
@@ -105,7 +133,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
         panel.set(title=title, xlabel=over, ylabel="seconds, GiB")
         panel.grid(visible=True, which="major", color="0.9")
         panel.legend(frameon=False)
-    figure.suptitle(f"`twostroke simulate` on one core: {MODEL} on {DEVICE}, lengths of a trace")
+    how = f"round robin on every core ({points[0].cores})"
+    figure.suptitle(f"`twostroke simulate`, {how}: {MODEL} on {DEVICE}, lengths of a trace")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
