@@ -14,6 +14,7 @@ from fakes import FakeExecutor, make_parts
 from model_files import make_gguf
 from places import get_model_path
 from step_costs import LinearStepCost
+from twostroke.cli import bench_probe
 from twostroke.cli.bench import run_bench
 from twostroke.cli.bench_load import LEAST_REQUESTS, SHARE, settle_load
 from twostroke.cli.bench_replay import build_recorded_policies
@@ -21,18 +22,21 @@ from twostroke.cli.bench_run import draw_prompt, run_load
 from twostroke.cli.bench_steps import list_paces, sum_rows
 from twostroke.cli.bench_table import get_error
 from twostroke.cli.compose import build_engine
+from twostroke.cli.machine import Machine
 from twostroke.cli.options import MachineOptions, SchedulingOptions
 from twostroke.cli.question_options import BenchOptions, LoadOptions
-from twostroke.cli.settings import EngineSettings
-from twostroke.cli.step_cost import get_calibration_path, store_fit
+from twostroke.cli.settings import EngineSettings, ResolvedSettings, resolve_settings
+from twostroke.cli.step_cost import get_calibration_path, get_settings_work, store_fit
 from twostroke.core.policy import Policies
+from twostroke.core.types import StepPlan
 from twostroke.engine.recording import Header
 from twostroke.errors import InvalidParameter
-from twostroke.plan.step_time import StepFit
+from twostroke.plan.step_time import MeasuredCost, StepFit
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.recorded import list_steps, measure_recording, replay_recording
 from twostroke.sim.results import summarise
 from twostroke.sim.sources import Targets
+from twostroke.spec.catalog import get_known_model
 from twostroke.weights.gguf import ValueType
 
 FIT = StepFit(
@@ -47,6 +51,7 @@ FIT = StepFit(
     copy_byte_ns=0.1,
     engine_step_ns=1e5,
 )
+PROBED = get_known_model("smollm2-135m", "q4_1")
 TARGETS = Targets(context_tokens=1024)
 SMALL = LoadOptions(
     workload="constant", rate="50", requests="12", prompt_tokens="9", new_tokens="5"
@@ -294,3 +299,44 @@ def test_a_real_run_replayed_gives_the_same_plans() -> None:
     assert replayed.plans == run.stats.steps
     assert run.stats.gauges.preemptions > 0
     assert measure_recording(run.recording, Policies()).count_fates()["finished"] == 16
+
+
+# ---- the pace of the machine --------------------------------------------------------------------
+
+
+def settle_small(**wanted: Any) -> ResolvedSettings:
+    machine = Machine(2, "for a test", 2**33, "for a test")
+    return resolve_settings(EngineSettings(model="any", **wanted), PROBED, machine)
+
+
+def test_a_probe_tells_how_much_longer_steps_take_than_calibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settle_small()
+    cost = MeasuredCost(get_settings_work(PROBED, settings), FIT)
+    seen: list[StepPlan] = []
+
+    def repeat_slowly(
+        executor: object, plan: StepPlan, repeats: int, threads: int
+    ) -> tuple[list[int], bool]:
+        seen.append(plan)
+        slow = 2.0 if all(len(row.tokens) == 1 for row in plan.rows) else 0.5
+        return [round(slow * cost.predict_ns(sum_rows(plan.rows, cost)))] * repeats, True
+
+    monkeypatch.setattr(bench_probe, "repeat_step", repeat_slowly)
+    pace = bench_probe.probe(FakeExecutor(), cost, PROBED, settings)
+    assert pace == pytest.approx(1.0, rel=1e-3)  # as many twice as slow as twice as fast
+    assert {len(plan.rows) for plan in seen} >= {1, 4, 8, 16}
+    seen.clear()
+    small = settle_small(max_rows=1, step_tokens=64, kv_memory=2**23)
+    bench_probe.probe(FakeExecutor(), cost, PROBED, small)
+    assert seen
+    for plan in seen:
+        assert len(plan.rows) == 1
+        assert len(plan.rows[0].tokens) <= 64
+        assert all(block < small.num_blocks for block in plan.rows[0].blocks)
+
+
+def test_no_step_that_fits_leaves_the_calibration_as_it_is() -> None:
+    assert bench_probe.average([]) == 1.0
+    assert bench_probe.average([0.5, 2.0]) == pytest.approx(1.0)

@@ -1,9 +1,10 @@
 """`twostroke bench`: a load on the real engine, and the same load as the simulator predicts it.
 
 Composes three runs of one scheduler: the engine that serves, recorded; the recording replayed plan
-for plan (parity); and the simulator alone, with this machine's calibration and nothing of what was
-measured (fidelity). It looks at the measured run only to print it, and to tell how much of an error
-is the machine's: steps that took longer than calibrated, and what the simulator says of such.
+for plan (parity); and the simulator alone, with this machine's calibration, its pace just before
+the run and just after it, and nothing of what the run measured (fidelity). It looks at the measured
+run only to print it, and to tell how much of an error is the machine's: steps that took longer than
+calibrated, and what the simulator says of such.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from twostroke.cli.bench_load import Load, settle_load
+from twostroke.cli.bench_probe import average, probe
 from twostroke.cli.bench_replay import replay_file
 from twostroke.cli.bench_run import RealRun, run_load
 from twostroke.cli.bench_steps import list_paces
@@ -61,12 +63,16 @@ _KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """The simulator of one engine: the same sizes and policies, steps as calibrated."""
+    """The simulator of one engine: the same sizes and policies, whose step times are calibrated.
+
+    pace: how many times the calibrated time steps take now; policies do not know.
+    """
 
     config: SchedulerConfig
     info: ExecutorInfo
     cost: MeasuredCost
     policy: PolicyChoice
+    pace: float = 1.0
 
     def make_policies(self) -> Policies:
         """Fresh policies, as the engine's own."""
@@ -83,7 +89,7 @@ class Predictor:
         replica = ReplicaSpec(
             scheduler=self.config,
             info=self.info,
-            cost=self.cost.add_engine(),
+            cost=self.cost.slow_down(self.pace).add_engine(),
             make_policies=self.make_policies,
             max_iterations=MAX_ITERATIONS,
         )
@@ -131,8 +137,10 @@ def run_bench(
             ttft_ns=read_target("ttft_target_ms", scheduling.ttft_target_ms),
             itl_ns=itl_ns,
         )
-        settled = settle_load(load, targets, bench.seconds, predictor.predict_seconds)
         touched = _touch_pool(parts.executor)
+        before = probe(_get_local(parts.executor), cost, parts.spec, settings)
+        predictor = replace(predictor, pace=before)
+        settled = settle_load(load, targets, bench.seconds, predictor.predict_seconds)
         choices = (*settings.choices, note, touched, *settled.choices)
         print_choices(choices)
         sys.stdout.flush()
@@ -146,26 +154,33 @@ def run_bench(
     if path is not None:
         write_recording(run.recording, path)
         print(f"wrote {path}")
-    compared = compare(run, settled, predictor)
+    after = _probe_again(wanted, cost)
+    compared = compare(run, settled, predictor, (before, after))
     print_bench(compared, settled.fitted)
     if bench.json:
         print(json.dumps(describe_bench(compared, settled.fitted, choices)))
 
 
-def compare(run: RealRun, load: Load, predictor: Predictor) -> Compared:
-    """Replay the run, simulate its load, and put both beside each other."""
+def compare(
+    run: RealRun, load: Load, predictor: Predictor, probed: tuple[float, float]
+) -> Compared:
+    """Replay the run, simulate its load, and put both beside each other.
+
+    probed: how long steps took before the run and after it, over their calibrated time.
+    """
     replayed = replay_recording(run.recording, predictor.make_policies())
     measured = measure_recording(run.recording, predictor.make_policies())
     paces = tuple(list_paces(list_steps(run.recording), predictor.cost))
-    paced = predictor
-    if paces:
-        paced = replace(predictor, cost=predictor.cost.slow_down(paces[0].ratio))
+    now = average(probed)
     return Compared(
         replayed=replayed,
         measured=summarise(measured, predictor.config.num_blocks, measured.end_ns / 1e9),
-        predicted=_summarise_simulated(predictor, load),
-        at_pace=_summarise_simulated(paced, load),
+        predicted=_summarise_simulated(replace(predictor, pace=now), load),
+        at_pace=_summarise_simulated(
+            replace(predictor, pace=paces[0].ratio if paces else now), load
+        ),
         paces=paces,
+        probed=probed,
         late_ns=run.late_ns,
         part_seconds=run.stats.part_seconds,
         others_share=run.others_share,
@@ -219,9 +234,25 @@ def _touch_pool(executor: Executor) -> Choice:
 
     Memory that nobody wrote to yet is fetched page by page, inside the steps that first need it.
     """
-    assert isinstance(executor, LocalExecutor)  # of this process, as it is calibrated
-    executor.runner.view_kv().fill(_KV_BYTE)
+    _get_local(executor).runner.view_kv().fill(_KV_BYTE)
     return Choice("KV memory", "written to before", "as after a while of serving")
+
+
+def _get_local(executor: Executor) -> LocalExecutor:
+    assert isinstance(executor, LocalExecutor)  # of this process, as it is calibrated
+    return executor
+
+
+def _probe_again(wanted: EngineSettings, cost: MeasuredCost) -> float:
+    """The machine's pace after a run, which has closed its engine."""
+    built = build_engine(wanted)
+    try:
+        _touch_pool(built.parts.executor)
+        executor = _get_local(built.parts.executor)
+        return probe(executor, cost, built.parts.spec, built.settings)
+    finally:
+        built.parts.executor.close()
+        built.model.close()
 
 
 def _check_record(text: str) -> Path:

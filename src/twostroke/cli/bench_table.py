@@ -30,8 +30,9 @@ _MUCH = 0.05
 class Compared:
     """One load: replayed, measured and predicted.
 
-    paces: the measured steps against their own predictions. at_pace: predicted for a machine
-    slower by the pace of all steps, which the measured run has told; only explains errors.
+    probed: how many times the calibrated time steps took before the run and after it; predicted is
+    for the mean. paces: the measured steps against their calibrated times. at_pace: predicted for a
+    machine slower by the pace of all steps, which the measured run has told; only explains errors.
     late_ns: how late each request was sent, rising. part_seconds: of the engine's thread.
     others_share: of the cores, what others took during the measured run; spare_share: what the
     engine left them.
@@ -42,6 +43,7 @@ class Compared:
     predicted: Summary
     at_pace: Summary
     paces: Sequence[Pace]
+    probed: tuple[float, float]
     late_ns: Sequence[int]
     part_seconds: Mapping[str, float]
     others_share: float | None
@@ -117,6 +119,11 @@ def list_lines(compared: Compared, fitted: Fitted) -> Iterator[str]:
 
 def list_pace_lines(compared: Compared) -> Iterator[str]:
     """By how much steps took longer than calibrated, and what the simulator makes of that."""
+    before, after = compared.probed
+    yield (
+        f"steps timed before the run took {before:.2f} times as long as calibrated, after it "
+        f"{after:.2f}: predicted with their mean"
+    )
     for pace in compared.paces:
         yield (
             f"steps {pace.kind}: {pace.steps:,}, took {pace.ratio:.2f} times as long as calibrated"
@@ -169,6 +176,7 @@ def describe_bench(
         "measured": dataclasses.asdict(compared.measured),
         "errors": errors,
         "at_pace": dataclasses.asdict(compared.at_pace),
+        "probed": list(compared.probed),
         "paces": [dataclasses.asdict(pace) for pace in compared.paces],
         "replayed": describe_replayed(compared.replayed),
         "clipped": dataclasses.asdict(fitted),

@@ -1,0 +1,80 @@
+"""How long this machine takes now for steps that it was calibrated with.
+
+A shared machine is faster or slower than it was, by a fifth within minutes, and nothing that is
+predicted from an older calibration can know. So a few of its steps are timed again before a run and
+after it. Only steps are timed that no run has a part in: what is predicted stays a prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from twostroke.cli.calibrate import Cell, build_plan, get_order, repeat_step
+from twostroke.cli.settings import ResolvedSettings
+from twostroke.exec.local import LocalExecutor
+from twostroke.plan.step_time import MeasuredCost
+from twostroke.spec.model import ModelSpec
+from twostroke.spec.work import StepTotals, add_totals
+
+# Of both strokes, each as calibrated: rows as (new tokens, context before, drawn).
+_CELLS = (
+    Cell("decode", ((1, 256, 1),)),
+    Cell("decode", ((1, 256, 1),) * 4),
+    Cell("decode", ((1, 256, 1),) * 8),
+    Cell("decode", ((1, 256, 1),) * 16),
+    Cell("prefill", ((64, 0, 0),)),
+    Cell("prefill", ((128, 0, 1),)),
+    Cell("prefill", ((256, 0, 0),)),
+    Cell("mixed", (*((1, 256, 1),) * 8, (120, 0, 0))),
+)
+_ROUNDS = 7
+_REPEATS = 3
+
+
+def probe(
+    executor: LocalExecutor, cost: MeasuredCost, spec: ModelSpec, settings: ResolvedSettings
+) -> float:
+    """How many times the calibrated time steps take: the mean ratio of several kinds, in about 2 s.
+
+    Writes to blocks of the executor's pool. 1.0 where none of the steps fits.
+    """
+    cells = [cell for cell in _CELLS if _fits(cell, settings, spec.context_tokens)]
+    plans = [
+        build_plan(cell, step, spec.vocab_size, settings.block_tokens)
+        for step, cell in enumerate(cells)
+    ]
+    times_ns: list[list[int]] = [[] for _ in cells]
+    for turn in range(_ROUNDS):
+        for at in get_order(len(plans), turn):
+            found_ns, _ = repeat_step(executor, plans[at], _REPEATS, settings.threads)
+            times_ns[at] += found_ns
+    ratios = [
+        median(found_ns) / cost.predict_ns(_sum_rows(cell, cost))
+        for cell, found_ns in zip(cells, times_ns, strict=True)
+    ]
+    return average(ratios)
+
+
+def average(ratios: Sequence[float]) -> float:
+    """The geometric mean; 1.0 of none."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+
+
+def _sum_rows(cell: Cell, cost: MeasuredCost) -> StepTotals:
+    totals = StepTotals()
+    for row in cell.rows:
+        totals = add_totals(totals, cost.get_row_totals(*row))
+    return totals
+
+
+def _fits(cell: Cell, settings: ResolvedSettings, context_tokens: int) -> bool:
+    lengths = [new + before for new, before, _ in cell.rows]
+    block = settings.block_tokens
+    return (
+        max(lengths) <= context_tokens
+        and sum(-(-length // block) for length in lengths) <= settings.num_blocks
+        and len(cell.rows) <= settings.max_rows
+        and sum(new for new, _, _ in cell.rows) <= settings.step_tokens
+    )
