@@ -57,6 +57,8 @@ class BlockAllocator:
         del free[len(free) - given :]
         for block in blocks:
             references[block] = 1
+        if given == count:
+            return blocks
         fresh = range(len(references), min(len(references) + count - given, self.num_blocks))
         references.extend([1] * len(fresh))
         self.pins.extend([0] * len(fresh))
