@@ -189,7 +189,7 @@ class SimulatedExecutor:
         made = len(run.ends_ns)
         self.steps_done += made
         times_ns = tuple(run.times_ns[:made])
-        results = tuple(self._answer_row(row, made) for row in run.plan.rows)
+        results = tuple([self._answer_row(row, made) for row in run.plan.rows])
         if self._draw is not draw_zero:
             self._drawn = {one.sequence: one.tokens[-1] for one in results if one.tokens}
         iteration_ns = times_ns if run.plan.iterations > 1 else ()

@@ -70,8 +70,9 @@ def build_prompt(arrival: Arrival, index: int, vocab_size: int) -> tuple[Token, 
             tokens += [_FILLER] * missing
     if len(tokens) < arrival.prompt_tokens:
         tokens += _write_number(_OWN, index, vocab_size)
-        tokens += [_FILLER] * (arrival.prompt_tokens - len(tokens))
-    return tuple(tokens[: arrival.prompt_tokens])
+    # Most is filler, and two tuples are joined faster than a list is filled and copied.
+    rest = (_FILLER,) * (arrival.prompt_tokens - len(tokens))
+    return tuple(tokens[: arrival.prompt_tokens]) + rest
 
 
 def _write_number(kind: Token, number: int, vocab_size: int) -> list[Token]:
