@@ -31,7 +31,7 @@ from twostroke.core.policy import Policies
 from twostroke.core.types import StepPlan
 from twostroke.engine.recording import Header
 from twostroke.errors import InvalidParameter
-from twostroke.plan.step_time import MeasuredCost, StepFit
+from twostroke.plan.step_time import MeasuredCost, Pace, StepFit
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.recorded import list_steps, measure_recording, replay_recording
 from twostroke.sim.results import summarise
@@ -325,7 +325,7 @@ def test_a_probe_tells_how_much_longer_steps_take_than_calibrated(
 
     monkeypatch.setattr(bench_probe, "repeat_step", repeat_slowly)
     pace = bench_probe.probe(FakeExecutor(), cost, PROBED, settings)
-    assert pace == pytest.approx(1.0, rel=1e-3)  # as many twice as slow as twice as fast
+    assert (pace.decode, pace.prefill) == pytest.approx((2.0, 0.5), rel=1e-3)
     assert {len(plan.rows) for plan in seen} >= {1, 4, 8, 16}
     seen.clear()
     small = settle_small(max_rows=1, step_tokens=64, kv_memory=2**23)
@@ -338,5 +338,8 @@ def test_a_probe_tells_how_much_longer_steps_take_than_calibrated(
 
 
 def test_no_step_that_fits_leaves_the_calibration_as_it_is() -> None:
-    assert bench_probe.average([]) == 1.0
+    tiny = settle_small(step_tokens=64, kv_memory=2**20)
+    cost = MeasuredCost(get_settings_work(PROBED, tiny), FIT)
+    assert bench_probe.probe(FakeExecutor(), cost, PROBED, tiny) == Pace()
+    assert cost.slow_down(Pace()).fit == cost.fit
     assert bench_probe.average([0.5, 2.0]) == pytest.approx(1.0)

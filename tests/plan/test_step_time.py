@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twostroke.errors import InvalidParameter
 from twostroke.plan.fit import fit_steps
 from twostroke.plan.roofline_cost import CAPTURED, RooflineCost
-from twostroke.plan.step_time import MeasuredCost, StepFit
+from twostroke.plan.step_time import MeasuredCost, Pace, StepFit
 from twostroke.spec.catalog import get_known_model
 from twostroke.spec.cost import StepCost
 from twostroke.spec.device import get_known_device
@@ -243,10 +243,20 @@ def test_a_slower_machine_takes_longer_for_every_step_and_no_longer_around_it() 
     cost = MeasuredCost(GEMMA, replace(FIT, engine_step_ns=100_000.0))
     for rows in ([(1, 700, 1)], [(200, 900, 0)], [(1, 50, 1)] * 30 + [(256, 300, 1)]):
         totals = add_rows(cost, rows)
-        slower = cost.slow_down(1.5)
+        slower = cost.slow_down(Pace(1.5, 1.5))
         assert slower.predict_ns(totals) == pytest.approx(1.5 * cost.predict_ns(totals), rel=1e-6)
         around = slower.add_engine().predict_ns(totals) - slower.predict_ns(totals)
         assert around == pytest.approx(100_000, abs=1)
+
+
+def test_a_pace_of_decodes_is_not_that_of_prompts() -> None:
+    cost = MeasuredCost(GEMMA, FIT)
+    decode, prefill = add_rows(cost, [(1, 700, 1)] * 4), add_rows(cost, [(200, 900, 0)])
+    slow = cost.slow_down(Pace(2.0, 1.0))
+    assert slow.predict_ns(decode) == pytest.approx(2 * cost.predict_ns(decode), rel=1e-6)
+    assert slow.predict_ns(prefill) == pytest.approx(cost.predict_ns(prefill), rel=0.05)
+    rising = [Pace(1.0, 3.0).get(tokens) for tokens in (1, 16, 40, 64, 500)]
+    assert rising == [1.0, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_one_slow_repeat_changes_nothing() -> None:

@@ -14,14 +14,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from twostroke.cli.bench_load import Load, settle_load
-from twostroke.cli.bench_probe import average, probe
+from twostroke.cli.bench_probe import average_paces, probe
 from twostroke.cli.bench_replay import replay_file
 from twostroke.cli.bench_run import RealRun, run_load
-from twostroke.cli.bench_steps import list_paces
+from twostroke.cli.bench_steps import ALONE, WITH_PROMPTS, list_paces
 from twostroke.cli.bench_table import Compared, describe_bench, print_bench
 from twostroke.cli.calibrate import BUDGET_S, run_calibrate
 from twostroke.cli.compose import BuiltEngine, build_engine
@@ -45,7 +45,7 @@ from twostroke.engine.recording import Header
 from twostroke.engine.recording_file import write_recording
 from twostroke.errors import EngineError, InvalidParameter
 from twostroke.exec.local import LocalExecutor
-from twostroke.plan.step_time import MeasuredCost
+from twostroke.plan.step_time import MeasuredCost, Pace
 from twostroke.policies.names import PolicyChoice, build_policies
 from twostroke.sim.arrivals import Arrival
 from twostroke.sim.cluster import Cluster
@@ -65,14 +65,14 @@ _KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
 class Predictor:
     """The simulator of one engine: the same sizes and policies, whose step times are calibrated.
 
-    pace: how many times the calibrated time steps take now; policies do not know.
+    pace: of the machine as it is now; policies do not know.
     """
 
     config: SchedulerConfig
     info: ExecutorInfo
     cost: MeasuredCost
     policy: PolicyChoice
-    pace: float = 1.0
+    pace: Pace = field(default_factory=Pace)
 
     def make_policies(self) -> Policies:
         """Fresh policies, as the engine's own."""
@@ -161,24 +161,22 @@ def run_bench(
         print(json.dumps(describe_bench(compared, settled.fitted, choices)))
 
 
-def compare(
-    run: RealRun, load: Load, predictor: Predictor, probed: tuple[float, float]
-) -> Compared:
+def compare(run: RealRun, load: Load, predictor: Predictor, probed: tuple[Pace, Pace]) -> Compared:
     """Replay the run, simulate its load, and put both beside each other.
 
-    probed: how long steps took before the run and after it, over their calibrated time.
+    probed: the machine's pace before the run and after it.
     """
     replayed = replay_recording(run.recording, predictor.make_policies())
     measured = measure_recording(run.recording, predictor.make_policies())
     paces = tuple(list_paces(list_steps(run.recording), predictor.cost))
-    now = average(probed)
+    found = {each.kind: each.ratio for each in paces}
+    now = average_paces(*probed)
+    own = Pace(found.get(ALONE, now.decode), found.get(WITH_PROMPTS, now.prefill))
     return Compared(
         replayed=replayed,
         measured=summarise(measured, predictor.config.num_blocks, measured.end_ns / 1e9),
         predicted=_summarise_simulated(replace(predictor, pace=now), load),
-        at_pace=_summarise_simulated(
-            replace(predictor, pace=paces[0].ratio if paces else now), load
-        ),
+        at_pace=_summarise_simulated(replace(predictor, pace=own), load),
         paces=paces,
         probed=probed,
         late_ns=run.late_ns,
@@ -243,7 +241,7 @@ def _get_local(executor: Executor) -> LocalExecutor:
     return executor
 
 
-def _probe_again(wanted: EngineSettings, cost: MeasuredCost) -> float:
+def _probe_again(wanted: EngineSettings, cost: MeasuredCost) -> Pace:
     """The machine's pace after a run, which has closed its engine."""
     built = build_engine(wanted)
     try:

@@ -14,7 +14,7 @@ from statistics import median
 from twostroke.cli.calibrate import Cell, build_plan, get_order, repeat_step
 from twostroke.cli.settings import ResolvedSettings
 from twostroke.exec.local import LocalExecutor
-from twostroke.plan.step_time import MeasuredCost
+from twostroke.plan.step_time import MeasuredCost, Pace
 from twostroke.spec.model import ModelSpec
 from twostroke.spec.work import StepTotals, add_totals
 
@@ -35,10 +35,10 @@ _REPEATS = 3
 
 def probe(
     executor: LocalExecutor, cost: MeasuredCost, spec: ModelSpec, settings: ResolvedSettings
-) -> float:
-    """How many times the calibrated time steps take: the mean ratio of several kinds, in about 2 s.
+) -> Pace:
+    """How many times the calibrated time steps take: mean ratios of several, in about 2 s.
 
-    Writes to blocks of the executor's pool. 1.0 where none of the steps fits.
+    Writes to blocks of the executor's pool. 1.0 where no step of a kind fits.
     """
     cells = [cell for cell in _CELLS if _fits(cell, settings, spec.context_tokens)]
     plans = [
@@ -50,16 +50,22 @@ def probe(
         for at in get_order(len(plans), turn):
             found_ns, _ = repeat_step(executor, plans[at], _REPEATS, settings.threads)
             times_ns[at] += found_ns
-    ratios = [
-        median(found_ns) / cost.predict_ns(_sum_rows(cell, cost))
-        for cell, found_ns in zip(cells, times_ns, strict=True)
-    ]
-    return average(ratios)
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for cell, found_ns in zip(cells, times_ns, strict=True):
+        ratio = median(found_ns) / cost.predict_ns(_sum_rows(cell, cost))
+        ratios[cell.kind == "decode"].append(ratio)
+    return Pace(average(ratios[True]), average(ratios[False]))
 
 
 def average(ratios: Sequence[float]) -> float:
     """The geometric mean; 1.0 of none."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+
+
+def average_paces(one: Pace, other: Pace) -> Pace:
+    """The pace between two."""
+    decode = average((one.decode, other.decode))
+    return Pace(decode, average((one.prefill, other.prefill)))
 
 
 def _sum_rows(cell: Cell, cost: MeasuredCost) -> StepTotals:

@@ -14,12 +14,14 @@ from twostroke.sim.recorded import MeasuredStep
 from twostroke.spec.cost import StepCost
 from twostroke.spec.work import StepTotals, add_totals
 
+WITH_PROMPTS, ALONE = "with prompts", "of decodes alone"
+
 # So many parts of a run, of as many steps each, are looked at for how its pace changed.
 _PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class StepPace:
     """How many times the predicted time steps of one kind took, all together.
 
     slowest, fastest: in one of ten parts of the run, those with enough of such steps to tell.
@@ -42,7 +44,7 @@ def sum_rows(rows: Sequence[Row], cost: StepCost) -> StepTotals:
     return totals
 
 
-def list_paces(steps: Sequence[MeasuredStep], cost: StepCost) -> Iterator[Pace]:
+def list_paces(steps: Sequence[MeasuredStep], cost: StepCost) -> Iterator[StepPace]:
     """Of all steps, of those with a prompt, and of those without; kinds that were are there."""
     times = [
         (step.duration_ns, cost.predict_ns(sum_rows(step.plan.rows, cost)), _has_prompt(step))
@@ -51,8 +53,8 @@ def list_paces(steps: Sequence[MeasuredStep], cost: StepCost) -> Iterator[Pace]:
     size = max(1, -(-len(times) // _PARTS))
     for kind, wanted in (
         ("all", (True, False)),
-        ("with prompts", (True,)),
-        ("of decodes alone", (False,)),
+        (WITH_PROMPTS, (True,)),
+        (ALONE, (False,)),
     ):
         parts = [
             [(ran, predicted) for ran, predicted, has in times[at : at + size] if has in wanted]
@@ -63,7 +65,7 @@ def list_paces(steps: Sequence[MeasuredStep], cost: StepCost) -> Iterator[Pace]:
             continue
         least = len(found) // (2 * _PARTS)  # half of its share
         ratios = [_get_ratio(part) for part in parts if part and len(part) >= least]
-        yield Pace(kind, len(found), _get_ratio(found), min(ratios), max(ratios))
+        yield StepPace(kind, len(found), _get_ratio(found), min(ratios), max(ratios))
 
 
 def _get_ratio(times: Iterable[tuple[int, int]]) -> float:

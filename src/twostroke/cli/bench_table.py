@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twostroke.cli.bench_steps import Pace
+from twostroke.cli.bench_steps import StepPace
 from twostroke.cli.settings import Choice
 from twostroke.engine.parts import OVERHEAD
+from twostroke.plan.step_time import Pace
 from twostroke.sim.recorded import Replayed
 from twostroke.sim.results import Summary
 from twostroke.sim.sources import Fitted
@@ -30,9 +31,9 @@ _MUCH = 0.05
 class Compared:
     """One load: replayed, measured and predicted.
 
-    probed: how many times the calibrated time steps took before the run and after it; predicted is
-    for the mean. paces: the measured steps against their calibrated times. at_pace: predicted for a
-    machine slower by the pace of all steps, which the measured run has told; only explains errors.
+    probed: the machine's pace before the run and after it; predicted is for the mean. paces: the
+    measured steps against their calibrated times. at_pace: predicted for a machine of the pace that
+    the measured run has told; only explains errors.
     late_ns: how late each request was sent, rising. part_seconds: of the engine's thread.
     others_share: of the cores, what others took during the measured run; spare_share: what the
     engine left them.
@@ -42,8 +43,8 @@ class Compared:
     measured: Summary
     predicted: Summary
     at_pace: Summary
-    paces: Sequence[Pace]
-    probed: tuple[float, float]
+    paces: Sequence[StepPace]
+    probed: tuple[Pace, Pace]
     late_ns: Sequence[int]
     part_seconds: Mapping[str, float]
     others_share: float | None
@@ -121,8 +122,9 @@ def list_pace_lines(compared: Compared) -> Iterator[str]:
     """By how much steps took longer than calibrated, and what the simulator makes of that."""
     before, after = compared.probed
     yield (
-        f"steps timed before the run took {before:.2f} times as long as calibrated, after it "
-        f"{after:.2f}: predicted with their mean"
+        f"timed before the run, decodes took {before.decode:.2f} times as long as calibrated and "
+        f"prompts {before.prefill:.2f}; after it {after.decode:.2f} and {after.prefill:.2f}: "
+        "predicted with the means"
     )
     for pace in compared.paces:
         yield (
@@ -136,7 +138,7 @@ def list_pace_lines(compared: Compared) -> Iterator[str]:
             seconds = f"{percentile}_s"
             error = _format_error(getattr(one, seconds), getattr(two, seconds))
             errors.append(f"{name} {percentile} {error}")
-    yield f"simulated with all steps so much longer: {', '.join(errors)}"
+    yield f"simulated with steps so much longer: {', '.join(errors)}"
 
 
 def list_replayed(replayed: Replayed) -> Iterator[str]:
@@ -176,7 +178,7 @@ def describe_bench(
         "measured": dataclasses.asdict(compared.measured),
         "errors": errors,
         "at_pace": dataclasses.asdict(compared.at_pace),
-        "probed": list(compared.probed),
+        "probed": [dataclasses.asdict(pace) for pace in compared.probed],
         "paces": [dataclasses.asdict(pace) for pace in compared.paces],
         "replayed": describe_replayed(compared.replayed),
         "clipped": dataclasses.asdict(fitted),

@@ -74,6 +74,26 @@ class StepFit:
         return StepFit(**values)
 
 
+# A step of fewer tokens reads weights, one of more computes; between them both count.
+_FEW, _MANY = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many times as long as calibrated steps take: those that read, and those that compute.
+
+    What slows a machine's memory need not slow its arithmetic.
+    """
+
+    decode: float = 1.0
+    prefill: float = 1.0
+
+    def get(self, tokens: int) -> float:
+        """Of a step with so many tokens."""
+        share = min(max((tokens - _FEW) / (_MANY - _FEW), 0.0), 1.0)
+        return self.decode + share * (self.prefill - self.decode)
+
+
 class MeasuredCost:
     """The time of a step on the machine it was measured on. See `StepCost` for the methods.
 
@@ -101,17 +121,20 @@ class MeasuredCost:
         )
         return MeasuredCost(self._work, whole)
 
-    def slow_down(self, ratio: float) -> MeasuredCost:
-        """The same on a machine whose steps take `ratio` times as long; not what is around them."""
+    def slow_down(self, pace: Pace) -> MeasuredCost:
+        """The same on a machine of another pace; not what is around its steps."""
         fit = self.fit
         slower = replace(
             fit,
-            token_ns=tuple(ratio * each for each in fit.token_ns),
-            sampled_ns=tuple(ratio * each for each in fit.sampled_ns),
-            row_ns=ratio * fit.row_ns,
-            decode_pair_ns=ratio * fit.decode_pair_ns,
-            prompt_pair_ns=ratio * fit.prompt_pair_ns,
-            prompt_key_ns=ratio * fit.prompt_key_ns,
+            token_ns=tuple(
+                pace.get(tokens) * each
+                for tokens, each in zip(fit.token_knots, fit.token_ns, strict=True)
+            ),
+            sampled_ns=tuple(pace.decode * each for each in fit.sampled_ns),
+            row_ns=pace.decode * fit.row_ns,
+            decode_pair_ns=pace.decode * fit.decode_pair_ns,
+            prompt_pair_ns=pace.prefill * fit.prompt_pair_ns,
+            prompt_key_ns=pace.prefill * fit.prompt_key_ns,
         )
         return MeasuredCost(self._work, slower)
 
