@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from twostroke.cli.calibrate import Cell, build_plan, get_order, repeat_step
+from twostroke.cli.calibrate import Cell, build_plan, count_repeats, get_order, repeat_step
 from twostroke.cli.settings import ResolvedSettings
 from twostroke.exec.local import LocalExecutor
 from twostroke.plan.step_time import MeasuredCost, Pace
@@ -29,14 +29,13 @@ _CELLS = (
     Cell("prefill", ((256, 0, 0),)),
     Cell("mixed", (*((1, 256, 1),) * 8, (120, 0, 0))),
 )
-_ROUNDS = 7
-_REPEATS = 3
+_ROUNDS = 5
 
 
 def probe(
     executor: LocalExecutor, cost: MeasuredCost, spec: ModelSpec, settings: ResolvedSettings
 ) -> Pace:
-    """How many times the calibrated time steps take: mean ratios of several, in about 2 s.
+    """How many times the calibrated time steps take: mean ratios of several, in about 3 s.
 
     Writes to blocks of the executor's pool. 1.0 where no step of a kind fits.
     """
@@ -48,7 +47,8 @@ def probe(
     times_ns: list[list[int]] = [[] for _ in cells]
     for turn in range(_ROUNDS):
         for at in get_order(len(plans), turn):
-            found_ns, _ = repeat_step(executor, plans[at], _REPEATS, settings.threads)
+            repeats = count_repeats(sum(new for new, _, _ in cells[at].rows))
+            found_ns, _ = repeat_step(executor, plans[at], repeats, settings.threads)
             times_ns[at] += found_ns
     ratios: dict[bool, list[float]] = {True: [], False: []}
     for cell, found_ns in zip(cells, times_ns, strict=True):

@@ -52,10 +52,10 @@ _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
 _POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut to what fits
-# A step of few tokens is mostly reading weights; in service it follows many of its like, which left
-# the caches as it needs them. So it is run several times, and all but the first count.
-_SHORT = 16
-_REPEATS = 3
+# A step of few tokens is mostly reading weights; in service it follows a dozen of its like, which
+# left the caches as it needs them: the tenth of one row takes two thirds of the first. So a step of
+# at most so many tokens is run so often, and all but the first count.
+_REPEATS = ((4, 10), (16, 5))
 _KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
 # What of an engine's step is not the executor's.
 _AROUND = ("commit", "plan", "deliver", "inbox")
@@ -211,7 +211,7 @@ def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -
     begin, rounds, disturbed = time.monotonic(), 0, 0
     while rounds < _MOST_ROUNDS:
         for at in get_order(len(plans), rounds):
-            repeats = _REPEATS if measured[at].totals.tokens <= _SHORT else 1
+            repeats = count_repeats(measured[at].totals.tokens)
             times_ns, is_quiet = repeat_step(executor, plans[at], repeats, settings.threads)
             measured[at].rounds_ns.append(times_ns)
             measured[at].are_quiet.append(is_quiet)
@@ -322,6 +322,11 @@ def time_step(executor: LocalExecutor, plan: StepPlan) -> int:
     if isinstance(answer, Exception):
         raise answer
     return answer.duration_ns
+
+
+def count_repeats(tokens: int) -> int:
+    """How often a step of so many tokens is run in a row."""
+    return next((repeats for most, repeats in _REPEATS if tokens <= most), 1)
 
 
 def repeat_step(
