@@ -16,6 +16,8 @@ from twostroke.engine.accounts import (
     CAUSES,
     FLOOR_PARTS,
     WALL_PARTS,
+    CauseSums,
+    StepAccount,
     StepCounter,
     StepFloor,
     divide_wall,
@@ -34,6 +36,7 @@ from twostroke.spec.work import (
 from twostroke.spec.work import (
     RowShape,
     StepShape,
+    StepTotals,
     get_floor_seconds,
     get_model_work,
 )
@@ -94,6 +97,26 @@ def test_the_causes_sum_to_the_wall_time() -> None:
             causes = get_causes(parts, each)
             assert tuple(causes) == CAUSES
             assert sum(causes.values()) == pytest.approx(sum(parts))
+
+
+def test_the_causes_of_many_steps_are_those_of_each_together() -> None:
+    chooser = random.Random(8)
+    sums, wanted = CauseSums(), dict.fromkeys(CAUSES, 0.0)
+    patterns = [tuple(chooser.random() < 0.5 for _ in FLOOR_PARTS) for _ in range(3)]
+    for step in range(300):
+        says_parts = chooser.random() < 0.7
+        floor = StepFloor(
+            1, 1, tuple(chooser.random() for _ in FLOOR_PARTS), chooser.choice(patterns)
+        )
+        parts = tuple(
+            0 if says_parts == (name == "executor") else chooser.randrange(1000)
+            for name in WALL_PARTS
+        )
+        account = StepAccount(step, 0, 0, sum(parts), 0, (), StepTotals(), floor, 0.0, parts)
+        sums.add(account)
+        for name, ns in account.causes.items():
+            wanted[name] += ns
+    assert sums.get_ns() == pytest.approx(wanted)
 
 
 def test_every_part_that_is_counted_has_a_floor() -> None:

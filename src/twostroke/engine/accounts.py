@@ -9,7 +9,7 @@ spec/work.py alone, and the floor is its roofline on limits that somebody else h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple
 
 from twostroke.core.types import SequenceId
@@ -36,6 +36,7 @@ _OVERLAPPED = (*("arrays", "compute", "results", "wait"), *("deliver", "inbox", 
 _ROOM = tuple(PARTS.index(name) for name in _OVERLAPPED)
 _KEPT = tuple(PARTS.index(name) for name in _ENGINE_PARTS)
 _INBOX = PARTS.index("inbox")
+_EXECUTOR = WALL_PARTS.index("executor")
 _IN_PROCESS = tuple(PARTS.index(name) for name in ("arrays", "compute", "results"))
 
 # work.PARTS; embedding is an elementwise part of the time.
@@ -54,8 +55,7 @@ class RowAccount(NamedTuple):
     drawn: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepFloor:
+class StepFloor(NamedTuple):
     """What a step must compute and move, and the least time for each of FLOOR_PARTS.
 
     part_ns and memory_bound are empty where nobody knows the machine's limits.
@@ -80,8 +80,7 @@ class StepFloor:
         return "memory" if 2 * memory >= self.ns else "compute"
 
 
-@dataclass(frozen=True, slots=True)
-class StepAccount:
+class StepAccount(NamedTuple):
     """One committed step, on the engine's clock.
 
     begin_ns: when the step before had ended; started_ns: when this was handed to the executor;
@@ -114,6 +113,39 @@ class StepAccount:
     def causes(self) -> dict[str, float]:
         """Nanoseconds by CAUSES, which sum to the wall time; needs the machine's limits."""
         return get_causes(self.part_ns, self.floor)
+
+
+class CauseSums:
+    """Nanoseconds by CAUSES of many steps with floors, added up by what bounds their parts.
+
+    Of steps whose parts are bound alike the sums have the causes that they have, so most steps are
+    one addition; only the time of an executor that does not say its parts is divided step by step.
+    """
+
+    def __init__(self) -> None:
+        self._alike: dict[tuple[bool, ...], tuple[StepFloor, list[int]]] = {}
+        self._apart = dict.fromkeys(CAUSES, 0.0)
+
+    def add(self, account: StepAccount) -> None:
+        """One more step."""
+        if account.part_ns[_EXECUTOR]:
+            _add_to(self._apart, account.causes)
+            return
+        bound = account.floor.memory_bound
+        floor, part_ns = self._alike.get(bound) or (account.floor, [0] * len(WALL_PARTS))
+        self._alike[bound] = floor, list(map(add, part_ns, account.part_ns))
+
+    def get_ns(self) -> dict[str, float]:
+        """All steps so far."""
+        found = dict(self._apart)
+        for floor, part_ns in self._alike.values():
+            _add_to(found, get_causes(part_ns, floor))
+        return found
+
+
+def _add_to(sums: dict[str, float], causes: dict[str, float]) -> None:
+    for name, ns in causes.items():
+        sums[name] += ns
 
 
 class StepCounter:

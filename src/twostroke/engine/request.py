@@ -311,8 +311,12 @@ class RequestBook:
 
     def deliver(self) -> None:
         """Hand every request's new output to its sink."""
-        if not self._undelivered:
-            return
+        if self._undelivered:
+            self._hand_out()
+        if self._attribution is not None:
+            self._attribution.catch_up()
+
+    def _hand_out(self) -> None:
         # A state leaves the table only once its output is out: should decoding raise, what is
         # left here still gets its endings from `abort_all`.
         for request_id, state in tuple(self._undelivered.items()):
