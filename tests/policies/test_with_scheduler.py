@@ -171,10 +171,10 @@ def test_target_gives_a_prompt_what_running_streams_can_wait_for() -> None:
     make_streams(driver, 8)
     driver.submit(make_request("long", 200, 2))
     # From the second on, what was seen to pass between steps is taken off the target.
-    assert [dict(step(driver))["long"] for _ in range(3)] == [16, 4, 4]
+    assert [dict(step(driver))["long"] for _ in range(3)] == [16, 12, 12]
     # By then three steps were seen to take 1000 ns each, as steps of the fake executor do, and the
     # predictions are believed no longer.
-    assert dict(step(driver))["long"] == 48
+    assert dict(step(driver))["long"] == 64
     driver.drain()
 
 

@@ -42,7 +42,7 @@ class TargetPace:
 
     A prediction is corrected by the median of measured to predicted time over the last steps that
     had decodes and a prompt; until there are three, over other steps. On top comes a margin of four
-    median absolute deviations, 2.7 standard deviations of a normal error, and at least 1/32. What
+    median absolute deviations, 2.7 standard deviations of a normal error, and at least 1/12. What
     passes between steps, while sequences run, is taken off the target: its median over the last
     steps. Up to half of the measurements may be wild without moving any of these. Raises
     InvalidParameter when the target is below the time of one decode alone.
@@ -211,7 +211,12 @@ class TargetRoom:
             return cost.predict_ns(add_totals(totals, cost.get_row_totals(tokens, start, 1)))
 
         found = find_most_tokens(predict, most, self._limit_ns)
-        return found if found or self._placed else min(LEAST_TOKENS, most)
+        if found or self._placed:
+            return found
+        for tokens in range(BLOCK_TOKENS - LEAST_TOKENS, LEAST_TOKENS, -LEAST_TOKENS):
+            if tokens < most and predict(tokens) <= self._limit_ns:
+                return tokens
+        return min(LEAST_TOKENS, most)
 
 
 class Correction:
@@ -245,7 +250,7 @@ class Correction:
             middle = len(self._ratios) // 2
             median = sorted(self._ratios)[middle]
             deviation = sorted([abs(each - median) for each in self._ratios])[middle]
-            self.upper = median + max(4 * deviation, median // 32, 1)
+            self.upper = median + max(4 * deviation, median // 12, 1)
 
 
 def find_most_tokens(predict: Callable[[int], int], most: int, limit_ns: int) -> int:
