@@ -96,12 +96,12 @@ def test_the_tightest_target_of_a_decode_holds() -> None:
 
 def test_where_a_block_does_not_fit_fewer_tokens_may() -> None:
     # What ten decodes leave, less the margin, is the time of so many tokens.
-    for tokens, given in ((16, 16), (15, 12), (12, 12), (9, 8), (8, 8), (7, 4), (2, 4)):
+    for tokens, least in ((16, 16), (15, 12), (12, 12), (9, 8), (8, 8), (7, 4), (2, 4)):
         itl_ns = (2_000 + 100 * tokens) * 13 // 12 + 1
         room = make_pace(itl_ns=itl_ns).open_step(make_load(decodes=range(10)), 0)
-        assert room.get_tokens(0, 999) == given
+        assert room.get_tokens(0, 999) == least
         assert room.get_tokens(0, 3) == 3
-        room.add(0, given)
+        room.add(0, least)
         assert room.get_tokens(0, 999) == 0  # and nobody else has any
 
 
