@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from loopback import wait_until
 from twostroke.errors import InvalidParameter, RequestFailed
 from twostroke.text import grammar as module
 from twostroke.text import grammar_check
@@ -125,15 +130,64 @@ def test_a_recursive_schema_is_served(compiler) -> None:
 
 
 @pytest.mark.slow
-def test_a_text_that_takes_too_long_is_refused_and_the_next_compiled(monkeypatch) -> None:
-    monkeypatch.setattr(grammar_check, "CHECK_SECONDS", 0.0)  # of messages; the process has its own
+def test_a_text_that_takes_too_long_is_refused_and_the_next_compiled() -> None:
     compiler = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
     large = {f"p{at}": {"type": "string"} for at in range(9000)}
     text = StructuredOutputs(json={"properties": large}).text
     with pytest.raises(InvalidParameter, match="takes longer than"):
         compiler.compile(text)
+    process = compiler._checker._process
     assert matches(compiler, {"regex": "a"}, "a")
+    assert compiler._checker._process is process  # only its copy ended
     compiler.close()
+
+
+@pytest.mark.slow
+def test_a_text_that_takes_long_gives_way_and_ends_with_the_helper() -> None:
+    checker = GrammarChecker(TokenBytes([b"", *(bytes([at]) for at in range(256))], [0], [0]))
+    large = {f"p{at}": {"type": "string"} for at in range(9000)}
+    text = StructuredOutputs(json={"properties": large}).text
+    checking = threading.Thread(target=checker.check, args=(text,))
+    checker.begin()
+    checking.start()
+    process = checker._process
+
+    def find_copies() -> list[int]:
+        words = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [pid for pid in map(int, words) if os.sched_getscheduler(pid) == os.SCHED_IDLE]
+
+    wait_until(lambda: len(find_copies()) == 1)
+    [copy] = find_copies()
+    checker.close()
+    checking.join()
+    wait_until(lambda: not Path(f"/proc/{copy}").exists())
+
+
+def end_by(number: signal.Signals) -> None:
+    """End this process as the system would."""
+    signal.signal(number, signal.SIG_DFL)  # whoever runs tests has handlers of its own
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("end", "fault", "is_lasting"),
+    [
+        (partial(end_by, signal.SIGPROF), "takes longer than 4 s", True),
+        (partial(end_by, signal.SIGALRM), "could not be compiled now", False),
+        (partial(end_by, signal.SIGSEGV), "it ended the compiler", True),
+        (partial(os._exit, 0), "it ended the compiler", True),
+    ],
+)
+def test_however_a_copy_ends_the_helper_answers(monkeypatch, end, fault, is_lasting) -> None:
+    def answer(library: object, text: str) -> bytes:
+        end()
+        raise AssertionError("it should have ended")
+
+    monkeypatch.setattr(grammar_check, "_answer", answer)
+    said = json.loads(grammar_check._check_apart(None, "regex:a"))
+    assert said[0] == ""
+    assert fault in said[1]
+    assert said[2] is is_lasting
 
 
 class FakeChecker:
@@ -189,7 +243,7 @@ def test_the_first_grammar_finds_its_process_begun() -> None:
     own = GrammarCompiler(build_tokenizer(make_byte_bpe(words=())))
     own.prepare()
     process = own._checker._process
-    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) >= grammar_check.NICENESS
     own.compile("regex:a")
     assert own._checker._process is process
     own.close()
@@ -223,9 +277,11 @@ def ask_impostor(script: str) -> Checked:
         b'"aa"\n',
         b'["start: A"]\n',
         b'["start: A", null]\n',
-        b'["", ""]\n',
-        b'["start: \\ud800", ""]\n',
-        b'["start: A", ""]',  # and no end of the line within the limit
+        b'["", "", true]\n',
+        b'["start: A", ""]\n',
+        b'["start: A", "", 1]\n',
+        b'["start: \\ud800", "", true]\n',
+        b'["start: A", "", true]',  # and no end of the line within the limit
     ],
 )
 def test_an_answer_of_another_form_is_the_end_of_the_compiler(monkeypatch, line) -> None:
@@ -237,7 +293,7 @@ def test_an_answer_of_another_form_is_the_end_of_the_compiler(monkeypatch, line)
 
 
 def test_a_fault_is_a_short_line_whatever_a_process_says() -> None:
-    checked = ask_impostor("print('[\"\", \"' + '\\\\u001b' * 5000 + '\"]')")
+    checked = ask_impostor("print('[\"\", \"' + '\\\\u001b' * 5000 + '\", true]')")
     assert checked.fault.isprintable()
     assert len(checked.fault) < 500
 

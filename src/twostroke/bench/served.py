@@ -20,6 +20,7 @@ from twostroke.spec.work import RowShape, StepShape
 
 PROMPT_TOKENS = 128, 512
 NEW_TOKENS = 64, 128
+_POISSON_ROW = 100_000  # no prompt of one load begins as one of the other: a server may remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,10 @@ def make_poisson(spec: ModelSpec, rate: float, duration_s: float) -> list[Arriva
     times = [0.0]
     while (following := times[-1] + draw.expovariate(rate)) < duration_s:
         times.append(following)
-    return _make_arrivals(spec, times)
+    return _make_arrivals(spec, times, _POISSON_ROW)
 
 
-def _make_arrivals(spec: ModelSpec, times: Sequence[float]) -> list[Arrival]:
+def _make_arrivals(spec: ModelSpec, times: Sequence[float], first_row: int = 0) -> list[Arrival]:
     draw = random.Random(SEED)
     return [
         Arrival(
@@ -61,7 +62,7 @@ def _make_arrivals(spec: ModelSpec, times: Sequence[float]) -> list[Arrival]:
             tuple(make_prompt(spec, draw.randint(*PROMPT_TOKENS), row)),
             draw.randint(*NEW_TOKENS),
         )
-        for row, time in enumerate(times)
+        for row, time in enumerate(times, first_row)
     ]
 
 

@@ -7,13 +7,18 @@ the engine's own clock for the request, through the public API.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twostroke.bench.workloads import CONTEXT, MOST_ROWS
-from twostroke.cli.compose import LLM
+from twostroke.cli.compose import build_engine
+from twostroke.cli.settings import EngineSettings
+from twostroke.core.scheduler import Scheduler
+from twostroke.engine.llm import OfflineLLM
 from twostroke.engine.outputs import RequestOutput
 from twostroke.engine.params import SamplingParams
 from twostroke.weights.load import open_model
@@ -21,7 +26,7 @@ from twostroke.weights.load import open_model
 _SPARE_TOKENS = MOST_ROWS * 16  # a block for each row that is not full
 
 
-def run_prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+def run_prefill(llm: OfflineLLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the first step of a prompt to its first token."""
     [output] = _generate(llm, [request["tokens"]], 1)
     times = output.timings
@@ -31,19 +36,19 @@ def run_prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_decode(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+def run_decode(llm: OfflineLLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of `steps` decode steps after the prompt, greedy, ends of text ignored."""
     seconds, [tokens] = _decode(llm, [request["tokens"]], request["steps"])
     return {"seconds": seconds, "tokens": tokens}
 
 
-def run_batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+def run_batch(llm: OfflineLLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of `steps` decode steps of all prompts together, after all have their first token."""
     seconds, tokens = _decode(llm, request["prompts"], request["steps"])
     return {"seconds": seconds, "tokens": tokens}
 
 
-def _decode(llm: LLM, prompts: list[list[int]], steps: int) -> tuple[float, list[list[int]]]:
+def _decode(llm: OfflineLLM, prompts: list[list[int]], steps: int) -> tuple[float, list[list[int]]]:
     outputs = _generate(llm, prompts, steps + 1)
     first = {output.timings.first_token_ns for output in outputs}
     assert len(first) == 1, "the prompts did not fit one step, so decode and prefill were mixed"
@@ -51,7 +56,7 @@ def _decode(llm: LLM, prompts: list[list[int]], steps: int) -> tuple[float, list
     return (last - first.pop()) / 1e9, [list(out.completions[0].tokens) for out in outputs]
 
 
-def _generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[RequestOutput]:
+def _generate(llm: OfflineLLM, prompts: list[list[int]], new_tokens: int) -> list[RequestOutput]:
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     return llm.generate(prompts, params)
 
@@ -65,9 +70,16 @@ def main() -> None:
     with open_model(model) as opened:
         token_bytes = opened.spec.get_kv_bytes_per_token()
     pool = (CONTEXT + _SPARE_TOKENS) * token_bytes
-    with LLM(model, threads=threads, max_rows=MOST_ROWS, kv_memory=pool) as llm:
-        info = llm.built.parts.executor.describe()
-        ready = {"ready": f"twostroke, {info.backend}", "kv_bytes": llm.built.settings.kv_bytes}
+    wanted = EngineSettings(
+        model=str(model), threads=threads, max_rows=MOST_ROWS, kv_memory=pool, has_chat=False
+    )
+    built = build_engine(wanted)
+    # The same prompts come again in every round, and each round shall read them.
+    config = replace(built.parts.scheduler.config, cache_seed="")
+    parts = replace(built.parts, scheduler=Scheduler(config))
+    with contextlib.closing(built.model), OfflineLLM(parts) as llm:
+        info = parts.executor.describe()
+        ready = {"ready": f"twostroke, {info.backend}", "kv_bytes": built.settings.kv_bytes}
         print(json.dumps(ready), flush=True)
         for line in sys.stdin:
             request = json.loads(line)

@@ -1,24 +1,28 @@
 """Tries grammars out in a process of its own, where they can do no harm.
 
 The library compiles in native code that nothing can interrupt, and a text made for it may run for
-minutes or overflow a stack. So each is compiled, and followed for some tokens at random, in a
-helper process first, which ends itself when its time is over; the next text begins another.
+minutes or overflow a stack. So a helper process knows the vocabulary, and for each text makes a
+copy of itself, which compiles it, follows it for some tokens at random, and ends itself when its
+time is over. A text that takes long is computed when nothing else wants to run: the threads of a
+step wait for the one whose core was taken.
 
-Run as a module this file is that process: it reads a vocabulary and then texts from its standard
-input, a line of JSON each, and answers each text with its grammar and its fault. It ends with its
-input, so it never outlives its parent by more than the time limit, whatever becomes of that.
+Run as a module this file is the helper: it reads a vocabulary and then texts from its standard
+input, a line of JSON each, and answers each text with its grammar, its fault, and whether that
+fault would come again. It ends with its input, and so do its copies.
 
-The process is not trusted either, for a text may have taken it over: of what it says the parent
-makes two strings of bounded length and nothing else, and it waits for them a bounded time.
+Neither process is trusted, for a text may have taken it over: of what they say the parent makes
+two strings of bounded length and a truth and nothing else, and it waits for them a bounded time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -26,7 +30,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from twostroke.text.grammar_limits import (
     TokenBytes,
@@ -38,18 +42,21 @@ from twostroke.text.grammar_limits import (
 )
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
 CHECK_SECONDS = 4.0  # of a processor
 WAIT_SECONDS = 20.0  # in all: what serves may leave it little of one
 MAX_MEMORY_BYTES = 4 * 2**30
 TRIED_TOKENS = 48
-NICENESS = 19  # where the system has no class for what runs when nothing else does
+NICENESS = 10  # of the helper and its copies
+PATIENCE_MS = 250  # most texts take a tenth of it; what takes longer gives way to everything
 
 # What the parent grants: a process needs seconds to begin on a busy machine, and then ends itself;
 # a grammar is a few times as long as its text, which grammar.py bounds.
 ANSWER_SECONDS = 60.0
 MAX_ANSWER_BYTES = 32 * 2**20
+
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 _ENDED = "the grammar is too complex: it ended the compiler"
 
@@ -117,23 +124,12 @@ class GrammarChecker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        # At once: beginning takes it longer than most texts do.
         with contextlib.suppress(ProcessLookupError):
-            _give_way(process.pid)
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         with _bounded(process), _ending_well():
             _send(process, _write_vocabulary(self._vocabulary))
         return process
-
-
-def _give_way(pid: int) -> None:
-    """Let a process run where nothing else wants to.
-
-    Threads that compute a step together wait for the one whose core was taken: a process of
-    niceness 10 made steps twice as long, and one in a hundred eight times; an idle one a third.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
 
 
 @contextlib.contextmanager
@@ -177,9 +173,9 @@ def _read_answer(line: bytes) -> Checked | None:
     except (ValueError, RecursionError):
         return None
     match answer:
-        case [str(grammar), str(fault)] if grammar or fault:
+        case [str(grammar), str(fault), bool(is_lasting)] if grammar or fault:
             is_text = not any("\ud800" <= char <= "\udfff" for char in grammar)
-            return Checked(grammar, shorten(fault)) if is_text else None
+            return Checked(grammar, shorten(fault), is_lasting) if is_text else None
     return None
 
 
@@ -193,6 +189,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _describe_end(status: int) -> Checked:
+    """What became of a text whose process ended so: an exit status, or the signal less than 0."""
     if status == -signal.SIGPROF:
         return Checked(fault=f"the grammar takes longer than {CHECK_SECONDS:g} s to compile")
     if status in (-signal.SIGALRM, -signal.SIGKILL):
@@ -210,7 +207,7 @@ def _read_vocabulary(line: bytes) -> TokenBytes:
     return TokenBytes([token.encode("latin-1") for token in tokens], control, stops)
 
 
-# ---- the process ---------------------------------------------------------------------------------
+# ---- the helper ----------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -222,18 +219,70 @@ def main() -> None:
     lines = sys.stdin.buffer
     library = open_library(_read_vocabulary(lines.readline()))
     for line in lines:
-        text = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)  # then the process ends
-        signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
-        try:
-            grammar = write_library_grammar(text)
-            fault = _try_out(build_matcher(library, grammar))
-        except (ValueError, RecursionError) as error:
-            grammar, fault = "", shorten(error)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(json.dumps([grammar, fault]).encode() + b"\n")
+        answers.write(_check_apart(library, json.loads(line)))
         answers.flush()
+
+
+def _check_apart(library: LLTokenizer, text: str) -> bytes:
+    """The answer to a text, from a copy of this process that ends with it."""
+    reader, writer = os.pipe()
+    helper, pid = os.getpid(), os.fork()
+    if not pid:
+        _check_here(library, text, writer, helper)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as said:
+        waiting = select.poll()
+        waiting.register(said, select.POLLIN)
+        if not waiting.poll(PATIENCE_MS):
+            _give_way(pid)
+        answer = said.readline(MAX_ANSWER_BYTES)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status == 0 and _read_answer(answer) is not None:
+        return answer
+    end = _describe_end(status)
+    return _write_answer(end.grammar, end.fault, end.is_lasting)
+
+
+def _give_way(pid: int) -> None:
+    """Let a process run where nothing else wants to.
+
+    Beside one of niceness 10 steps took twice as long, and one in a hundred eight times; beside one
+    of the idle class, a third longer.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, pid, 2 * NICENESS)
+
+
+def _check_here(library: LLTokenizer, text: str, writer: int, helper: int) -> NoReturn:
+    """Compile a text, write the answer and end this process, in time."""
+    status = 1
+    try:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+        if os.getppid() == helper:  # else it ended before the system was told
+            with os.fdopen(writer, "wb") as answer:
+                answer.write(_answer(library, text))
+            status = 0
+    finally:
+        os._exit(status)
+
+
+def _answer(library: LLTokenizer, text: str) -> bytes:
+    try:
+        grammar = write_library_grammar(text)
+        fault = _try_out(build_matcher(library, grammar))
+    except (ValueError, RecursionError) as error:
+        grammar, fault = "", shorten(error)
+    return _write_answer(grammar, fault)
+
+
+def _write_answer(grammar: str, fault: str, is_lasting: bool = True) -> bytes:
+    return json.dumps([grammar, fault, is_lasting]).encode() + b"\n"
 
 
 def _try_out(matcher: LLMatcher) -> str:
