@@ -223,10 +223,12 @@ def test_what_fails_here_ends_the_others() -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(how: int, tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         "from pathlib import Path\n"
         "from simulations import Scene, make_replica_spec\n"
         "from twostroke.sim.parts import run_parts\n"
+        # As in a terminal: who runs tests in the background has it ignored, and that is inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def arrive(part):\n"
         f"    Path({str(tmp_path)!r}, str(os.getpid())).touch()\n"
         "    time.sleep(60)\n"
