@@ -14,19 +14,17 @@ from model_files import make_gguf
 from tiny_models import TINY_SPECS
 from twostroke.cli.calibrate import (
     Calibration,
-    Cell,
     Measured,
-    build_plan,
     build_table,
     calibrate,
     describe,
-    get_order,
     list_cells,
 )
 from twostroke.cli.compose import build_engine
 from twostroke.cli.machine import Machine
 from twostroke.cli.settings import EngineSettings, ResolvedSettings, resolve_settings
 from twostroke.cli.step_cost import find_step_cost, get_calibration_path, store_fit
+from twostroke.cli.timed_steps import Cell, build_plan, get_order
 from twostroke.exec.local import LocalExecutor
 from twostroke.plan.roofline_cost import RooflineCost
 from twostroke.plan.step_time import MeasuredCost

@@ -227,8 +227,8 @@ def make_connections(head: str) -> tuple[h11.Connection, h11.Connection]:
     made = _Connection(), h11.Connection(h11.SERVER)
     for connection in made:
         connection.receive_data(head.encode())
-        while isinstance(event := connection.next_event(), h11.Request):
-            assert event
+        assert isinstance(connection.next_event(), h11.Request)
+        assert isinstance(connection.next_event(), h11.EndOfMessage)
     return made
 
 

@@ -143,5 +143,6 @@ def get_peak_bytes(process: int) -> int:
         ).split()
     except OSError:  # it has ended, or this system has no /proc
         return 0
-    [peak] = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")]
+    # One that has ended and was not waited for has no such line.
+    peak = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     return peak * 1024 + sum(get_peak_bytes(int(child)) for child in children)

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from twostroke.bench.engines import get_peak_bytes
+
 MODEL, DEVICE = "llama-3.1-8b", "h100-sxm:captured"
 RATE_PER_REPLICA = 10
 REQUESTS = (1_000, 4_000, 16_000, 64_000)
@@ -79,25 +81,11 @@ def measure(requests: int, replicas: int, trace: Path) -> Point:
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
     """Wait for its end; returns the peak memory of it and its children, added up, in bytes."""
-    peaks = dict[int, int]()
+    peak = 0
     while process.poll() is None:
+        peak = max(peak, get_peak_bytes(process.pid))
         time.sleep(_POLL_S)
-        own = Path(f"/proc/{process.pid}")
-        try:
-            children = (own / f"task/{process.pid}/children").read_text().split()
-            for pid in (process.pid, *map(int, children)):
-                peaks[pid] = _read_peak(pid) or peaks.get(pid, 0)
-        except OSError:
-            continue  # one of them has just ended
-    return sum(peaks.values())
-
-
-def _read_peak(pid: int) -> int:
-    """The most memory a process has held so far, in bytes; 0 once it has ended."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return peak
 
 
 def plan_points(full: bool) -> list[tuple[int, int]]:

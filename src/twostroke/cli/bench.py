@@ -38,8 +38,9 @@ from twostroke.cli.settings import (
 from twostroke.cli.simulated import MAX_ITERATIONS
 from twostroke.cli.simulation_table import print_choices
 from twostroke.cli.step_cost import find_step_cost
+from twostroke.cli.timed_steps import fill_pool
 from twostroke.core.policy import Policies
-from twostroke.core.ports import Executor, ExecutorInfo
+from twostroke.core.ports import ExecutorInfo
 from twostroke.core.types import SchedulerConfig
 from twostroke.engine.recording import Header
 from twostroke.engine.recording_file import write_recording
@@ -58,7 +59,7 @@ from twostroke.sim.sources import Targets
 
 MAX_SECONDS = 86_400
 _POOL_BYTES = 2**30  # calibrated with as much
-_KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
+_TOUCHED = Choice("KV memory", "written to before", "as after a while of serving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +138,10 @@ def run_bench(
             ttft_ns=read_target("ttft_target_ms", scheduling.ttft_target_ms),
             itl_ns=itl_ns,
         )
-        touched = _touch_pool(parts.executor)
-        before = probe(_get_local(parts.executor), cost, parts.spec, settings)
+        before = _probe(built, cost)
         predictor = replace(predictor, pace=before)
         settled = settle_load(load, targets, bench.seconds, predictor.predict_seconds)
-        choices = (*settings.choices, note, touched, *settled.choices)
+        choices = (*settings.choices, note, _TOUCHED, *settled.choices)
         print_choices(choices)
         sys.stdout.flush()
         header = Header(
@@ -227,27 +227,19 @@ def _build_calibrated(
     raise EngineError("the calibration that was stored just now cannot be read")
 
 
-def _touch_pool(executor: Executor) -> Choice:
-    """Write to all of the KV pool, as an engine has that has served for a while.
-
-    Memory that nobody wrote to yet is fetched page by page, inside the steps that first need it.
-    """
-    _get_local(executor).runner.view_kv().fill(_KV_BYTE)
-    return Choice("KV memory", "written to before", "as after a while of serving")
-
-
-def _get_local(executor: Executor) -> LocalExecutor:
+def _probe(built: BuiltEngine, cost: MeasuredCost) -> Pace:
+    """The machine's pace now; leaves a KV pool that was written to."""
+    executor = built.parts.executor
     assert isinstance(executor, LocalExecutor)  # of this process, as it is calibrated
-    return executor
+    fill_pool(executor)
+    return probe(executor, cost, built.parts.spec, built.settings)
 
 
 def _probe_again(wanted: EngineSettings, cost: MeasuredCost) -> Pace:
     """The machine's pace after a run, which has closed its engine."""
     built = build_engine(wanted)
     try:
-        _touch_pool(built.parts.executor)
-        executor = _get_local(built.parts.executor)
-        return probe(executor, cost, built.parts.spec, built.settings)
+        return _probe(built, cost)
     finally:
         built.parts.executor.close()
         built.model.close()

@@ -11,12 +11,19 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from twostroke.cli.calibrate import Cell, build_plan, count_repeats, get_order, repeat_step
 from twostroke.cli.settings import ResolvedSettings
+from twostroke.cli.timed_steps import (
+    Cell,
+    build_plan,
+    count_repeats,
+    fits,
+    get_order,
+    repeat_step,
+    sum_cell,
+)
 from twostroke.exec.local import LocalExecutor
 from twostroke.plan.step_time import MeasuredCost, Pace
 from twostroke.spec.model import ModelSpec
-from twostroke.spec.work import StepTotals, add_totals
 
 # Of both strokes, each as calibrated: rows as (new tokens, context before, drawn).
 _CELLS = (
@@ -39,20 +46,21 @@ def probe(
 
     Writes to blocks of the executor's pool. 1.0 where no step of a kind fits.
     """
-    cells = [cell for cell in _CELLS if _fits(cell, settings, spec.context_tokens)]
+    cells = [cell for cell in _CELLS if fits(cell, spec, settings)]
     plans = [
         build_plan(cell, step, spec.vocab_size, settings.block_tokens)
         for step, cell in enumerate(cells)
     ]
+    totals = [sum_cell(cell, cost.get_row_totals) for cell in cells]
     times_ns: list[list[int]] = [[] for _ in cells]
     for turn in range(_ROUNDS):
         for at in get_order(len(plans), turn):
-            repeats = count_repeats(sum(new for new, _, _ in cells[at].rows))
+            repeats = count_repeats(totals[at].tokens)
             found_ns, _ = repeat_step(executor, plans[at], repeats, settings.threads)
             times_ns[at] += found_ns
     ratios: dict[bool, list[float]] = {True: [], False: []}
-    for cell, found_ns in zip(cells, times_ns, strict=True):
-        ratio = median(found_ns) / cost.predict_ns(_sum_rows(cell, cost))
+    for cell, own, found_ns in zip(cells, totals, times_ns, strict=True):
+        ratio = median(found_ns) / cost.predict_ns(own)
         ratios[cell.kind == "decode"].append(ratio)
     return Pace(average(ratios[True]), average(ratios[False]))
 
@@ -66,21 +74,3 @@ def average_paces(one: Pace, other: Pace) -> Pace:
     """The pace between two."""
     decode = average((one.decode, other.decode))
     return Pace(decode, average((one.prefill, other.prefill)))
-
-
-def _sum_rows(cell: Cell, cost: MeasuredCost) -> StepTotals:
-    totals = StepTotals()
-    for row in cell.rows:
-        totals = add_totals(totals, cost.get_row_totals(*row))
-    return totals
-
-
-def _fits(cell: Cell, settings: ResolvedSettings, context_tokens: int) -> bool:
-    lengths = [new + before for new, before, _ in cell.rows]
-    block = settings.block_tokens
-    return (
-        max(lengths) <= context_tokens
-        and sum(-(-length // block) for length in lengths) <= settings.num_blocks
-        and len(cell.rows) <= settings.max_rows
-        and sum(new for new, _, _ in cell.rows) <= settings.step_tokens
-    )

@@ -31,8 +31,18 @@ from twostroke.cli.step_cost import (
     get_settings_work,
     store_fit,
 )
-from twostroke.core.ports import StepAnswer
-from twostroke.core.types import Row, SamplingSpec, SequenceId, StepPlan
+from twostroke.cli.timed_steps import (
+    Cell,
+    build_plan,
+    count_repeats,
+    fill_pool,
+    fits,
+    get_order,
+    repeat_step,
+    sum_cell,
+    time_step,
+)
+from twostroke.core.types import StepPlan
 from twostroke.engine.outputs import OutputDelta
 from twostroke.engine.params import SamplingParams
 from twostroke.engine.service import EngineParts, EngineService
@@ -42,7 +52,7 @@ from twostroke.plan.fit import fit_steps, get_usual_ns
 from twostroke.plan.step_time import MeasuredCost
 from twostroke.spec.cost import StepCost
 from twostroke.spec.model import ModelSpec
-from twostroke.spec.work import StepTotals, add_totals
+from twostroke.spec.work import StepTotals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,20 +62,11 @@ _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 24
 _LEAST_CELLS = 20
 _POOL_BYTES = 2**30  # enough for 64 rows of a small model; larger grids are cut to what fits
-# A step of few tokens is mostly reading weights; in service it follows a dozen of its like, which
-# left the caches as it needs them: the tenth of one row takes two thirds of the first. So a step of
-# at most so many tokens is run so often, and all but the first count.
-_REPEATS = ((4, 10), (16, 5))
-_KV_BYTE = 0x2C  # as 16 or 32 bits a small ordinary number
 # What of an engine's step is not the executor's.
 _AROUND = ("commit", "plan", "deliver", "inbox")
 _COPIED_BYTES = 2**24
 _TABLE_WIDTH = 100
 _MOST_DISTURBED = 0.05
-# Threads that wait for each other keep their cores busy, so a step's CPU time is its wall time on
-# every thread, less where another process had the core meanwhile.
-_LEAST_SHARE = 0.93
-_TRIES = 3
 # Requests at once, and tokens of each, that tell what the engine takes around a step.
 _ENGINE_ROWS = (1, 16)
 _ENGINE_TOKENS = 64
@@ -98,15 +99,6 @@ _BETWEEN = (
 )
 # So many prompts at once, of so many tokens, as they come in bursts: fitted, and never fitted.
 _SEVERAL = ((4, 60, True), (8, 30, False))
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A step to measure: rows as (new tokens, context before, drawn); kind, for reports."""
-
-    kind: str
-    rows: tuple[tuple[int, int, int], ...]
-    is_fitted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +186,11 @@ def calibrate(parts: EngineParts, settings: ResolvedSettings, budget_s: float) -
     """
     executor, spec = parts.executor, parts.spec
     assert isinstance(executor, LocalExecutor)
-    executor.runner.view_kv().fill(_KV_BYTE)
+    fill_pool(executor)
     work = get_settings_work(spec, settings)
-    measured: list[Measured] = []
-    for cell in list_cells(spec, settings):
-        totals = StepTotals()
-        for row in cell.rows:
-            totals = add_totals(totals, work.get_row_totals(*row))
-        measured.append(Measured(cell, totals))
+    measured = [
+        Measured(cell, sum_cell(cell, work.get_row_totals)) for cell in list_cells(spec, settings)
+    ]
     plans = [
         build_plan(each.cell, step, spec.vocab_size, settings.block_tokens)
         for step, each in enumerate(measured)
@@ -250,29 +239,8 @@ def warm_up(
     return sorted(order)
 
 
-def get_order(count: int, turn: int) -> list[int]:
-    """0 … count - 1 in an order that differs from turn to turn, the same in every process."""
-    return sorted(
-        range(count), key=lambda at: (2_654_435_761 * (at + 1) * (turn + 1)) % 4_294_967_291
-    )
-
-
 def list_cells(spec: ModelSpec, settings: ResolvedSettings) -> Iterator[Cell]:
     """The grid, as far as the model's context, the pool, the rows and the step budget allow."""
-    pool_tokens = settings.num_blocks * settings.block_tokens
-
-    def fits(cell: Cell) -> bool:
-        block = settings.block_tokens
-        lengths = [new + before for new, before, _ in cell.rows]
-        held = sum(-(-length // block) * block for length in lengths)
-        tokens = sum(new for new, _, _ in cell.rows)
-        return (
-            max(lengths) <= spec.context_tokens
-            and held <= pool_tokens
-            and len(cell.rows) <= settings.max_rows
-            and tokens <= settings.step_tokens
-        )
-
     cells = [
         Cell("decode", ((1, before, 1),) * rows)
         for before, counts in _DECODES.items()
@@ -292,60 +260,7 @@ def list_cells(spec: ModelSpec, settings: ResolvedSettings) -> Iterator[Cell]:
         cells.append(Cell(kind, ((1, before, 1),) * rows + prompt, is_fitted=False))
     for prompts, tokens, is_fitted in _SEVERAL:
         cells.append(Cell("prefill", ((tokens, 0, 1),) * prompts, is_fitted))
-    return (cell for cell in cells if fits(cell))
-
-
-def build_plan(cell: Cell, step: int, vocab_size: int, block_tokens: int) -> StepPlan:
-    """The cell as a plan: made-up tokens, blocks of its own for every row."""
-    rows, next_block = [], 0
-    for index, (new, before, sampled) in enumerate(cell.rows):
-        count = -(-(new + before) // block_tokens)
-        rows.append(
-            Row(
-                sequence=SequenceId(f"calibration-{index}", 0),
-                tokens=tuple((7919 * (index + at) + step) % vocab_size for at in range(new)),
-                start=before,
-                blocks=tuple(range(next_block, next_block + count)),
-                sampling=SamplingSpec() if sampled else None,
-            )
-        )
-        next_block += count
-    return StepPlan(step, tuple(rows))
-
-
-def time_step(executor: LocalExecutor, plan: StepPlan) -> int:
-    """The time the executor says a plan took, in nanoseconds. Raises what it answers instead."""
-    answers: list[StepAnswer] = []
-    executor.start(plan, answers.append)
-    executor.run_pending()
-    [answer] = answers
-    if isinstance(answer, Exception):
-        raise answer
-    return answer.duration_ns
-
-
-def count_repeats(tokens: int) -> int:
-    """How often a step of so many tokens is run in a row."""
-    return next((repeats for most, repeats in _REPEATS if tokens <= most), 1)
-
-
-def repeat_step(
-    executor: LocalExecutor, plan: StepPlan, repeats: int, threads: int
-) -> tuple[list[int], bool]:
-    """Times of a step run `repeats` times, without the first of several, and whether other
-    processes left it the cores.
-
-    Where they did not it is run again; what stays disturbed counts where nothing else was seen.
-    """
-    times_ns, is_quiet = list[int](), False
-    for _ in range(_TRIES):
-        begin_ns, used_ns = time.perf_counter_ns(), time.process_time_ns()
-        times_ns = [time_step(executor, plan) for _ in range(repeats)]
-        used_ns = time.process_time_ns() - used_ns
-        is_quiet = used_ns >= _LEAST_SHARE * threads * (time.perf_counter_ns() - begin_ns)
-        if is_quiet:
-            break
-    return times_ns[1:] or times_ns, is_quiet
+    return (cell for cell in cells if fits(cell, spec, settings))
 
 
 def time_engine(parts: EngineParts) -> tuple[float, float]:

@@ -65,14 +65,13 @@ def run_serve(
             "whoever reaches %s may use this server: set --api-key or --key-file", serving.host
         )
 
-    engine = AsyncLLM(replace(built.parts, limits=find_limits(built)))
-
     def announce(host: str, port: int) -> None:
         engine.prepare_grammars()  # beside what comes first, so that it delays no start
         shown = f"[{host}]" if ":" in host else host
         print(f"  serving on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
 
     try:
+        engine = AsyncLLM(replace(built.parts, limits=find_limits(built)))
         run(engine, ServeOptions(host=serving.host, port=serving.port, settings=settings), announce)
     finally:
         built.model.close()

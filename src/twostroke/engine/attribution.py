@@ -32,7 +32,7 @@ from twostroke.spec.work import ModelWork, StepTotals
 
 STEPS_KEPT = 2000
 REQUESTS_KEPT = 500
-_NOTES_KEPT = 32
+_NOTES_KEPT = 64
 
 _NO_TOTALS = StepTotals()
 

@@ -301,8 +301,11 @@ class EngineService:
         return RequestState(request, rules, sink)
 
     def prepare_grammars(self) -> None:
-        """Begin what the first grammar would hold up other requests for, where there can be any."""
-        if self._has_grammars():
+        """Begin what the first grammar would hold up other requests for, where there can be any.
+
+        What stands in the way is logged.
+        """
+        if self.closed_reason is None and self._has_grammars():
             self._constraints.prepare().add_done_callback(_log_fault)
 
     def _has_grammars(self) -> bool:

@@ -37,8 +37,8 @@ class TargetPace:
 
     itl_ns: target of requests that name none; 0 for none. step_tokens: most tokens of a step.
     Without a decode to keep waiting, or with no target, a step takes all it can. Where a block of
-    the first prompt in line is too much, LEAST_TOKENS of it go into every step, or a target no step
-    can keep would starve it.
+    the first prompt in line is too much, as many whole LEAST_TOKENS as are not go into the step,
+    and one in any case, or a target no step can keep would starve it.
 
     A prediction is corrected by the median of measured to predicted time over the last steps that
     had decodes and a prompt; until there are three, over other steps. On top comes a margin of four

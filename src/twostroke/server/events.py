@@ -182,8 +182,7 @@ class EventStream(Response):
 
     def _number(self, events: str) -> bytes:
         """Events with their ids, but for those that the client has."""
-        parts = events.split("\n\n")
-        parts.pop()
+        parts = events.split("\n\n")[:-1]
         first, after = self._next_id, self._framing.after
         self._next_id += len(parts)
         shown = [
